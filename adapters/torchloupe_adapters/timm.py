@@ -1,0 +1,109 @@
+"""timm: models, their preprocessing and their class names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchloupe_adapters import checkpoint as checkpoints
+from torchloupe_core.errors import BadInput, MissingDependency, UnknownName
+from torchloupe_core.handle import Handle
+from torchloupe_core.registry import method
+from torchloupe_core.spec import Spec, resize_and_normalise
+
+__all__ = ["load", "recognise"]
+
+
+@method("load", "timm", cost="none")
+def load(name: str, *, pretrained: bool | None = None, checkpoint: str | Path | None = None, **options: Any) -> Handle:
+    """A timm model by name, `resnet50.a1_in1k`. Options go to `timm.create_model`; `num_classes` among them."""
+    timm = _timm()
+    if name.split(".")[0] not in timm.list_models():
+        raise UnknownName.of("timm model", name, [*timm.list_models(), *timm.list_pretrained()])
+    wanted = checkpoint is None if pretrained is None else pretrained
+    try:
+        module = timm.create_model(name, pretrained=wanted, **options)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"timm.create_model({name!r}) failed: {error}") from error
+    except Exception as error:
+        if not wanted:
+            raise
+        raise BadInput(
+            f"the weights of timm/{name} could not be fetched ({_first_line(error)}); give a file with checkpoint=, "
+            "or pretrained=False for random weights"
+        ) from error
+    if checkpoint is not None:
+        checkpoints.load_into(module, checkpoint)
+    return Handle(module.eval(), _spec(module, name))
+
+
+@method("recognise", "timm", cost="none")
+def recognise(module: nn.Module) -> Spec | None:
+    """What timm states about a model it made, or None if it did not make this one."""
+    if not type(module).__module__.startswith("timm.") or not hasattr(module, "pretrained_cfg"):
+        return None
+    return _spec(module, module.pretrained_cfg.get("architecture") or type(module).__name__)
+
+
+def _spec(module: nn.Module, name: str) -> Spec:
+    from timm.data import create_transform, resolve_model_data_config
+
+    stated: dict[str, Any] = getattr(module, "pretrained_cfg", {})
+    config = resolve_model_data_config(module)
+    embedding = getattr(module, "patch_embed", None)
+    channels = _input_channels(module, stated) or config["input_size"][0]
+    size = getattr(embedding, "img_size", None) or config["input_size"][1:]
+    config["input_size"] = (channels, *size)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if channels == 3:
+        preprocess = create_transform(**config, is_training=False)
+    else:  # timm's transforms make three channels
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        preprocess = resize_and_normalise(config["input_size"], mean, std)
+    classifier = stated.get("classifier")
+    return Spec(
+        name=name,
+        source="timm",
+        input_size=config["input_size"],
+        fixed_size=bool(stated.get("fixed_input_size")) and getattr(embedding, "strict_img_size", True),
+        preprocess=preprocess,
+        preprocess_text=f"{config['interpolation']}, crop {config['crop_pct']}, timm's own",
+        mean=mean,
+        std=std,
+        classes=_classes(module),
+        prefix=getattr(module, "num_prefix_tokens", None),
+        classifier=classifier if isinstance(classifier, str) else None,
+    )
+
+
+def _input_channels(module: nn.Module, stated: dict[str, Any]) -> int | None:
+    first = stated.get("first_conv")
+    parts = dict(module.named_modules())
+    convolution = parts.get(first) if isinstance(first, str) else None
+    return convolution.in_channels if isinstance(convolution, nn.Conv2d) else None
+
+
+def _classes(module: nn.Module) -> tuple[str, ...] | None:
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(module)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependency.of("timm", None) from error
+    logging.getLogger("timm").addHandler(logging.NullHandler())
+    return timm
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,100 @@
+"""Look inside any vision model: one interface, one call per question.
+
+    import torchloupe as tl
+
+    model = tl.load("demo")
+    scenes = tl.demo_scenes(4)
+    tl.explain(model, scenes.images, method="grad_cam").plot()
+
+Names are loaded on first use, so `import torchloupe` costs nothing and imports no ecosystem.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchloupe._explain import explain
+    from torchloupe._models import load, wrap
+    from torchloupe._tables import methods
+    from torchloupe_adapters.demo.scenes import demo_scenes
+    from torchloupe_core import checks, errors
+    from torchloupe_core.handle import Handle
+    from torchloupe_core.layout import Layout
+    from torchloupe_core.results import Attribution
+    from torchloupe_core.results import open_result as open
+    from torchloupe_core.spec import Spec
+    from torchloupe_core.targets import (
+        Target,
+        channel,
+        direction,
+        interpolate,
+        layer,
+        logit,
+        margin,
+        neuron,
+        prob,
+    )
+    from torchloupe_core.targets import parse as target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attribution",
+    "Handle",
+    "Layout",
+    "Spec",
+    "Target",
+    "channel",
+    "checks",
+    "demo_scenes",
+    "direction",
+    "errors",
+    "explain",
+    "interpolate",
+    "layer",
+    "load",
+    "logit",
+    "margin",
+    "methods",
+    "neuron",
+    "open",
+    "prob",
+    "target",
+    "wrap",
+]
+
+_TARGETS = "torchloupe_core.targets"
+_HOMES = {
+    "Attribution": "torchloupe_core.results",
+    "Handle": "torchloupe_core.handle",
+    "Layout": "torchloupe_core.layout",
+    "Spec": "torchloupe_core.spec",
+    "checks": "torchloupe_core.checks:",
+    "demo_scenes": "torchloupe_adapters.demo.scenes",
+    "errors": "torchloupe_core.errors:",
+    "explain": "torchloupe._explain",
+    "load": "torchloupe._models",
+    "methods": "torchloupe._tables",
+    "open": "torchloupe_core.results:open_result",
+    "target": f"{_TARGETS}:parse",
+    "wrap": "torchloupe._models",
+    **dict.fromkeys(
+        ("Target", "channel", "direction", "interpolate", "layer", "logit", "margin", "neuron", "prob"), _TARGETS
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'torchloupe' has no attribute {name!r}")
+    home, colon, inside = _HOMES[name].partition(":")
+    module = importlib.import_module(home)
+    found = module if colon and not inside else getattr(module, inside or name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,99 @@
+"""Where in the image the target came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchloupe._models import ModelLike, opened
+from torchloupe_adapters.tqdm import progress_bar
+from torchloupe_core import registry
+from torchloupe_core.errors import BadInput
+from torchloupe_core.handle import Handle
+from torchloupe_core.query import Query
+from torchloupe_core.registry import Method
+from torchloupe_core.results import Attribution
+from torchloupe_core.spec import OutputSelector
+from torchloupe_core.targets import Target, TargetLike, as_targets, logit
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: ModelLike,
+    images: Any,
+    *,
+    target: TargetLike | Sequence[TargetLike] | torch.Tensor | None = None,
+    method: str = "grad_cam",
+    layer: object = None,
+    output: OutputSelector | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Attribution:
+    """Where in each image the target came from, by one of `tl.methods("explain")`.
+
+    target: one for all images or a list with one each; without it each image's predicted logit. layer: where methods
+    that read a layer look; without it the last spatial layer the target depends on, stated in the result. options: of
+    the method. Raises `NotApplicable` where the method would be vacuous or wrong on this model, saying what works.
+    """
+    way = registry.find("explain", method)
+    way.check_options(options)
+    if layer is not None and "layer" not in way.needs:
+        raise BadInput(f"{way.name} reads the input, not a layer; leave out layer={str(layer)!r}")
+    if batch_size is not None and batch_size < 1:
+        raise BadInput(f"batch_size is at least 1; got {batch_size}")
+    handle = opened(model, device=device, dtype=dtype, output=output)
+    inputs = handle.inputs(images)
+    begun, forwards = time.perf_counter(), handle.forwards
+    with handle.borrow(), progress_bar(way.name, "images", progress) as report:
+        asked = as_targets(_predicted(handle, inputs) if target is None else target, len(inputs))
+        query = Query(
+            handle, inputs, handle.bind(asked, inputs), seed, None if layer is None else str(layer), batch_size, report
+        )
+        found = way.run(query, **options)
+        scores = torch.cat([part.score(part.inputs) for part in query.parts()])
+    values = found.values.detach().float().cpu()
+    if not values.isfinite().all():
+        raise BadInput(f"{way.name} gave NaN or infinity; the model's gradients or activations are not finite here")
+    return Attribution(
+        method=way.name,
+        backend=way.backend,
+        seed=seed,
+        seconds=time.perf_counter() - begun,
+        forwards=handle.forwards - forwards,
+        versions=_versions(way),
+        options={**way.options, **options},
+        values=values,
+        images=handle.spec.display(inputs),
+        scores=scores.detach().float().cpu(),
+        target=_texts(asked),
+        layer=found.layer,
+        signed=way.signed,
+        per_channel=None if found.per_channel is None else found.per_channel.detach().float().cpu(),
+        diagnostics=dict(found.diagnostics),
+    )
+
+
+def _predicted(handle: Handle, inputs: torch.Tensor) -> list[Target]:
+    """The logit of each image's most probable class, by name where the name is its own."""
+    best = [guesses[0] for guesses in handle.predict(inputs, k=1)]
+    names = handle.classes or ()
+    return [logit(guess.name if names.count(guess.name) == 1 else guess.index) for guess in best]
+
+
+def _texts(targets: Sequence[Target]) -> str | tuple[str, ...]:
+    texts = tuple(map(str, targets))
+    return texts[0] if len(set(texts)) == 1 else texts
+
+
+def _versions(way: Method) -> dict[str, str]:
+    packages = ["torchloupe", "torch"] + ([way.backend] if way.backend != "native" else [])
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,155 @@
+"""Pictures of any kind, read into model inputs.
+
+A path, a `PIL.Image` and a `uint8` array or tensor are pictures and go through the spec's preprocessing. A *float
+tensor* `[C, H, W]` or `[N, C, H, W]` is a model input already and is taken as it is, as in Captum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from torchloupe_core.errors import BadInput
+from torchloupe_core.spec import Preprocess, Spec, resize_and_normalise
+
+__all__ = ["SUFFIXES", "find", "open_picture", "read"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def read(images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Images as model inputs `[N, C, H, W]`, never the caller's own tensor. Raises `BadInput`, naming the image."""
+    if isinstance(images, Tensor) and images.is_floating_point():
+        inputs = images if images.ndim == 4 else images[None]
+    else:
+        parts = [_one(image, name, spec) for name, image in _named(images)]
+        if not parts:
+            raise BadInput("no images were given")
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) > 1:
+            raise BadInput(f"the images have different sizes after preprocessing, {sorted(shapes)}; resize them alike")
+        inputs = torch.stack(parts)
+    _check(inputs, spec)
+    return inputs.detach().to(device, dtype, copy=True)
+
+
+def open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture file, decoded, turned upright, in 8-bit RGB or grayscale. Raises `BadInput` naming the file."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder, not an image")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _eight_bit(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise BadInput(f"no such image file: {path}") from None
+    except UnidentifiedImageError:
+        size = path.stat().st_size
+        raise BadInput(f"{path} is not an image" if size else f"{path} is empty (0 bytes)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path} cannot be decoded: {error}") from error
+
+
+def find(folder: str | os.PathLike[str]) -> list[Path]:
+    """The picture files in a folder and its subfolders, in sorted order. Raises `BadInput` if there are none."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise BadInput(f"no images in {folder}; looked for {', '.join(SUFFIXES)}")
+    return files
+
+
+def _named(images: Any) -> Iterator[tuple[str, Any]]:
+    """Each single image with a name for messages."""
+    if isinstance(images, (str, os.PathLike)):
+        paths = find(images) if Path(images).is_dir() else [Path(images)]
+        yield from ((str(path), path) for path in paths)
+    elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
+        several = not isinstance(images, Image.Image) and images.ndim == 4
+        yield from ((f"image {index}", image) for index, image in enumerate(images if several else [images]))
+    elif isinstance(images, Iterable):
+        for index, image in enumerate(images):
+            yield (str(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"), image
+    else:
+        raise BadInput(f"an image is a path, a PIL image, a uint8 array or a tensor; got {type(images).__name__}")
+
+
+def _one(image: Any, name: str, spec: Spec) -> Tensor:
+    if isinstance(image, Tensor) and image.is_floating_point():
+        return image
+    picture = _picture(image, name)
+    prepared = _preprocess(spec)(picture if spec.channels == 1 else picture.convert("RGB"))
+    if not isinstance(prepared, Tensor) or prepared.ndim != 3:
+        got = list(prepared.shape) if isinstance(prepared, Tensor) else type(prepared).__name__
+        raise BadInput(f"preprocess must turn a picture into a tensor [C, H, W]; it gave {got}")
+    return prepared.detach()
+
+
+def _picture(image: Any, name: str) -> Image.Image:
+    if isinstance(image, (str, os.PathLike)):
+        return open_picture(image)
+    if isinstance(image, Image.Image):
+        return _eight_bit(image)
+    if isinstance(image, Tensor):
+        array = image.cpu().numpy()
+        array = array.transpose(1, 2, 0) if array.ndim == 3 else array  # tensors are [C, H, W], arrays [H, W, C]
+    elif isinstance(image, np.ndarray):
+        array = image
+    else:
+        raise BadInput(f"{name} is {type(image).__name__}; an image is a path, a PIL image, a uint8 array or a tensor")
+    if array.dtype != np.uint8:
+        raise BadInput(f"{name} is an array of {array.dtype}; a picture is uint8, a model input a float torch tensor")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise BadInput(f"{name} has shape {list(image.shape)}; a picture is [H, W, 3] as array or [3, H, W] as tensor")
+    return _eight_bit(Image.fromarray(array))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Any PIL mode as 8-bit RGB or L: transparency over white, 16-bit and float pictures scaled to their range."""
+    if image.mode in ("RGB", "L"):
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0 if values.max(initial=0) > 1 else 1.0
+        return Image.fromarray((np.nan_to_num(values).clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _preprocess(spec: Spec) -> Preprocess:
+    if spec.preprocess is not None:
+        return spec.preprocess
+    if spec.input_size is None:
+        raise BadInput(
+            "this model's input size is not known, so pictures cannot be resized for it; "
+            "tl.wrap(module, input_size=(3, H, W)) or preprocess=, or give a float tensor"
+        )
+    return resize_and_normalise(spec.input_size, spec.mean, spec.std)
+
+
+def _check(inputs: Tensor, spec: Spec) -> None:
+    if inputs.ndim != 4 or 0 in inputs.shape:
+        raise BadInput(f"model inputs are [N, C, H, W] with at least one image; got {list(inputs.shape)}")
+    if spec.channels is not None and inputs.shape[1] != spec.channels:
+        raise BadInput(f"the model takes {spec.channels} channels; the images have {inputs.shape[1]}")
+    if spec.fixed_size and spec.input_size is not None and tuple(inputs.shape[1:]) != spec.input_size:
+        raise BadInput(f"the model takes inputs of {list(spec.input_size)} only; got {list(inputs.shape[1:])}")
+    bad = (~inputs.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise BadInput(f"the input holds NaN or infinity, in {_numbered(bad)}")
+
+
+def _numbered(indices: Sequence[int]) -> str:
+    shown = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")
+    return f"image {shown}" if len(indices) == 1 else f"images {shown}"

@@ -1,0 +1,1 @@
+"""The native methods, one file a family."""

@@ -1,0 +1,119 @@
+"""Class activation maps: CAM (Zhou 2016) and Grad-CAM (Selvaraju 2017), raw and signed, at the layer's resolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchloupe_core.errors import NotApplicable
+from torchloupe_core.handle import Reading
+from torchloupe_core.layout import to_map
+from torchloupe_core.query import Map, Query
+from torchloupe_core.registry import method
+from torchloupe_core.targets import Bound
+from torchloupe_core.watch import Place
+
+__all__ = ["cam", "grad_cam"]
+
+IDENTITY_TOLERANCE = 1e-3  # relative to the largest logit; float32 sums over 7x7x2048 stay below 1e-5
+
+
+@method(
+    "explain",
+    "cam",
+    needs=("pooled_linear", "layer"),
+    cost="1 forward",
+    paper="Zhou et al. 2016, Learning Deep Features for Discriminative Localization",
+)
+def cam(query: Query) -> Map:
+    """`CAM_c = sum_k w_ck A_k`; its mean over positions plus the bias is the logit, and that is verified each time."""
+    classifier, layer = _classifier(query), query.resolved_layer()
+    maps = []
+    for part in query.parts():
+        with query.handle.watch(layer, through=True, shape=query.shape) as watch:
+            reading = Reading(query.handle, watch, watch(part.inputs), query.shape)
+            features, logits = reading.map(layer), reading.logits()
+        _verify(query, classifier, layer, features, logits)
+        weights = torch.stack([_weights(bound, classifier) for bound in part.targets])  # [N, C]
+        maps.append(torch.einsum("nchw,nc->nhw", features, weights))
+    return Map(torch.cat(maps), layer=layer)
+
+
+@method(
+    "explain",
+    "grad_cam",
+    needs=("layer", "gradient"),
+    cost="1 forward + backward of the head",
+    paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU",
+)
+def grad_cam(query: Query) -> Map:
+    """`sum_k mean_hw(d target / d A_k) A_k`. Only what follows the layer is differentiated."""
+    layer = query.resolved_layer()
+    maps = []
+    for part in query.parts():
+        features, gradients = layer_gradient(part, layer)
+        weights = gradients.mean((2, 3))
+        maps.append(torch.einsum("nchw,nc->nhw", features, weights))
+    return Map(torch.cat(maps), layer=layer)
+
+
+def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor]:
+    """A layer's map `[N, C, h, w]` and the gradient of each image's target with respect to it."""
+    scores, raw, reading = query.with_leaf(layer)
+    if not scores.requires_grad:
+        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query)}")
+    (gradient,) = torch.autograd.grad(scores, raw, torch.ones_like(scores), allow_unused=True)
+    layout = query.handle.layer(layer, query.shape).layout
+    if gradient is None or layout is None:
+        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query)}")
+    patches = to_map(gradient, layout)
+    if layout.prefix and not patches.any() and gradient.any():
+        raise NotApplicable(
+            f"after {layer!r} only the class token counts, so its patches have no gradient; {_suggestion(query)}"
+        )
+    return reading.map(layer).detach(), patches
+
+
+def _suggestion(query: Query) -> str:
+    first = [name for bound in query.targets for name in bound.target.layers]
+    return f"layer={query.handle.features_at(query.shape, first[0] if first else None)!r} would work"
+
+
+def _classifier(query: Query) -> nn.Linear | nn.Conv2d:
+    """The linear layer that gives the logits."""
+    name = Place.parse(query.handle.embedding_at(query.shape)).module
+    module = query.handle.module.get_submodule(name)
+    if not isinstance(module, nn.Linear) and not (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+        raise NotApplicable(f"CAM needs a linear classifier; this model ends in {type(module).__name__}. Use grad_cam")
+    return module
+
+
+def _weights(bound: Bound, classifier: nn.Linear | nn.Conv2d) -> Tensor:
+    """The classifier's weights `[C]` for a sum of logits."""
+    chosen = bound.logit_weights
+    if chosen is None:
+        raise NotApplicable(f"CAM explains sums of logits only, not {bound.target}; use grad_cam")
+    rows = classifier.weight.flatten(1)[list(chosen)]  # [K, C]
+    return torch.tensor(list(chosen.values())).to(rows) @ rows
+
+
+def _verify(query: Query, classifier: nn.Linear | nn.Conv2d, layer: str, features: Tensor, logits: Tensor) -> None:
+    """CAM is exact if the logits are the classifier applied to the mean of the features; otherwise it is another
+    method under CAM's name."""
+    if features.shape[1] != classifier.weight.shape[1]:
+        raise NotApplicable(
+            f"CAM needs pooling and then the classifier right after the features; {layer!r} has {features.shape[1]} "
+            f"channels, the classifier takes {classifier.weight.shape[1]}. Use grad_cam"
+        )
+    weight = classifier.weight.flatten(1)
+    expected = features.mean((2, 3)) @ weight.T
+    if classifier.bias is not None:
+        expected = expected + classifier.bias
+    if expected.shape != logits.shape:
+        raise NotApplicable("CAM needs the classifier's output to be the model's; here more follows it. Use grad_cam")
+    gap = (expected - logits).abs().max().item()
+    if gap > IDENTITY_TOLERANCE * max(logits.abs().max().item(), 1e-6):
+        raise NotApplicable(
+            f"CAM is exact only if nothing but average pooling lies between {layer!r} and the classifier; here the "
+            f"logits differ by {gap:.2g} from that. Use grad_cam"
+        )

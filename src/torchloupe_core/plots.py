@@ -1,0 +1,130 @@
+"""Drawings of results. Functions of results only; matplotlib is imported inside."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchloupe_core.results import Attribution, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["colours", "figure", "overlay", "png", "scale", "show"]
+
+MOST_ROWS = 12
+SIGNED, POSITIVE = "RdBu_r", "viridis"  # diverging around zero; perceptually uniform
+CLIPPED = 0.995  # a few extreme pixels would otherwise leave the rest of a gradient map pale
+
+
+def show(result: Result, **options: Any) -> tuple[Any, Any]:
+    """Draws a result into a new pyplot figure; returns `(figure, axes)`."""
+    import matplotlib.pyplot as plt
+
+    return _draw(result, lambda **size: plt.figure(**size), **options)
+
+
+def figure(result: Result, **options: Any) -> Figure:
+    """The drawing of a result, outside pyplot."""
+    from matplotlib.figure import Figure
+
+    drawn: Figure = _draw(result, lambda **size: Figure(**size), **options)[0]
+    return drawn
+
+
+def png(result: Result, *, dpi: int = 100, **options: Any) -> bytes:
+    """The drawing of a result as a PNG file."""
+    buffer = io.BytesIO()
+    figure(result, **options).savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def overlay(attribution: Attribution, *, alpha: float = 0.6) -> Tensor:
+    """`[N, 3, H, W]` in [0, 1]: the map in colour over each image, stronger where the map is."""
+    values = attribution.upsample()
+    images = attribution.images.mean(1, keepdim=True).expand(-1, 3, -1, -1)  # grey, so that colour means the map
+    return torch.stack(
+        [
+            _over(image, one, scale(one), is_signed(attribution), alpha)
+            for image, one in zip(images, values, strict=True)
+        ]
+    )
+
+
+def scale(values: Tensor) -> float:
+    """The value drawn in full colour: nearly the largest magnitude."""
+    ordered = values.abs().flatten().sort().values
+    largest = ordered[int(CLIPPED * (len(ordered) - 1))].item() or ordered[-1].item()
+    return largest or 1.0
+
+
+def colours(values: Tensor, largest: float, signed: bool) -> Tensor:
+    """`[3, H, W]` in [0, 1]: a map in its colours."""
+    import matplotlib
+
+    position = (values / largest).clamp(-1, 1) / 2 + 0.5 if signed else (values / largest).clamp(0, 1)
+    rgb = torch.from_numpy(matplotlib.colormaps[SIGNED if signed else POSITIVE](position.numpy()))
+    return rgb[..., :3].permute(2, 0, 1).float()
+
+
+def is_signed(attribution: Attribution) -> bool:
+    """Whether to draw with the diverging map: the method gives signs and this map has some."""
+    return attribution.signed and bool((attribution.values < 0).any())
+
+
+def _over(image: Tensor, values: Tensor, largest: float, signed: bool, alpha: float) -> Tensor:
+    strength = alpha * (values.abs() / largest).clamp(0, 1).sqrt() if signed else torch.full_like(values, alpha)
+    return image * (1 - strength) + colours(values, largest, signed) * strength
+
+
+@singledispatch
+def _draw(result: Result, new_figure: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+    raise TypeError(f"{type(result).__name__} has no drawing")
+
+
+@_draw.register
+def _draw_attribution(
+    attribution: Attribution, new_figure: Callable[..., Any], *, alpha: float = 0.6, most: int = MOST_ROWS
+) -> tuple[Any, Any]:
+    """One row an image: what the model was shown, and the map over it with its scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    rows = min(len(attribution), most)
+    drawing = new_figure(figsize=(6.4, 0.15 + 3.05 * rows), layout="constrained")
+    axes = drawing.subplots(rows, 2, squeeze=False)
+    pictures = overlay(attribution, alpha=alpha)
+    signed = is_signed(attribution)
+    for row in range(rows):
+        left, right = axes[row]
+        left.imshow(attribution.images[row].permute(1, 2, 0).numpy())
+        right.imshow(pictures[row].permute(1, 2, 0).numpy())
+        left.set_title(_target_title(attribution, row), fontsize=9, loc="left")
+        right.set_title(_method_title(attribution), fontsize=9, loc="left")
+        largest = scale(attribution.upsample()[row])
+        shades = ScalarMappable(Normalize(-largest if signed else 0, largest), SIGNED if signed else POSITIVE)
+        bar = drawing.colorbar(shades, ax=right, fraction=0.046, pad=0.03)
+        bar.ax.tick_params(labelsize=7)
+        bar.formatter.set_powerlimits((-2, 3))
+        bar.ax.yaxis.get_offset_text().set_fontsize(7)
+        for one in (left, right):
+            one.set_axis_off()
+    if rows < len(attribution):
+        drawing.supxlabel(f"{rows} of {len(attribution)} images", fontsize=8)
+    return drawing, axes
+
+
+def _target_title(attribution: Attribution, row: int) -> str:
+    target = textwrap.shorten(attribution.targets[row], 40, placeholder="…")
+    return f"{target}\n= {attribution.scores[row].item():.3g}"
+
+
+def _method_title(attribution: Attribution) -> str:
+    where = f"at {attribution.layer}" if attribution.layer else "at the input"
+    return f"{attribution.method}\n{textwrap.shorten(where, 40, placeholder='…')}"

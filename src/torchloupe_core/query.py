@@ -1,0 +1,120 @@
+"""One question about one batch of images, as a method sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.handle import Handle, Reading, Shape, pick
+from torchloupe_core.targets import Bound
+
+__all__ = ["Map", "Query", "finite"]
+
+DEFAULT_BATCH = 8  # large batches lose on a CPU; measured best between 4 and 16 for resnet50 at 224 pixels
+
+
+@dataclass
+class Map:
+    """What a method found: `values [N, h, w]`, and what more it knows.
+
+    per_channel: `[N, C, H, W]`, the share of each input channel, where the method gives one. layer: the layer it read.
+    diagnostics: numbers a user needs to judge the map, as `completeness_gap`.
+    """
+
+    values: Tensor
+    per_channel: Tensor | None = None
+    layer: str | None = None
+    diagnostics: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Query:
+    """Inputs `[N, C, H, W]`, one bound target each, and the means to evaluate them. The model is already borrowed.
+
+    `progress(done, total)` is told of the images sent through the model by methods that take long.
+    """
+
+    handle: Handle
+    inputs: Tensor
+    targets: Sequence[Bound]
+    seed: int = 0
+    layer: str | None = None
+    batch_size: int | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of the inputs."""
+        return self.inputs.shape[1], self.inputs.shape[2], self.inputs.shape[3]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the inputs."""
+        return self.shape[1], self.shape[2]
+
+    @property
+    def batch(self) -> int:
+        """How many images go through the model at once."""
+        return self.batch_size or DEFAULT_BATCH
+
+    def generator(self) -> torch.Generator:
+        """A fresh random source on the CPU, the same for the same seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def parts(self) -> Iterator[Query]:
+        """This query in batches."""
+        return (self.only(start, start + self.batch) for start in range(0, len(self.inputs), self.batch))
+
+    def only(self, start: int, stop: int) -> Query:
+        """The query about some of the images."""
+        return replace(self, inputs=self.inputs[start:stop], targets=self.targets[start:stop])
+
+    def score(self, inputs: Tensor, images: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Each input's target, `[n]`, from one forward pass; differentiable where gradients are on.
+
+        images: for each input the index of the image it is a variant of; without it `inputs` are all images in order.
+        """
+        chosen = range(len(self.targets)) if images is None else torch.as_tensor(images).tolist()
+        values = self.handle.read(inputs, [self.targets[index] for index in chosen])
+        return finite(values)
+
+    def resolved_layer(self) -> str:
+        """The layer asked for, or the default: the last spatial one that the target depends on."""
+        inner = [self.handle.layer(name, self.shape) for bound in self.targets for name in bound.target.layers]
+        first = min(inner, key=lambda layer: layer.begins) if inner else None
+        if self.layer is None:
+            return self.handle.features_at(self.shape, first.name if first else None)
+        chosen = self.handle.layer(self.layer, self.shape)
+        if not chosen.spatial:
+            size = "one position" if chosen.layout else "no map"
+            raise NotApplicable(
+                f"layer {self.layer!r} ({chosen.kind}) has {size}, so it cannot say where; "
+                f"a spatial one is {self.handle.features_at(self.shape)!r}"
+            )
+        if first is not None and chosen.ends > first.ends:
+            raise NotApplicable(
+                f"the target reads {first.name!r}, which comes before layer {self.layer!r} and does not depend on it"
+            )
+        return self.layer
+
+    def with_leaf(self, layer: str) -> tuple[Tensor, Tensor, Reading]:
+        """One forward pass whose graph begins at `layer`: the scores `[N]`, the layer's raw tensor, what was read."""
+        names = dict.fromkeys(name for bound in self.targets for name in bound.target.layers)
+        through = any(bound.target.reads_output for bound in self.targets)
+        with self.handle.watch(*names, leaf=layer, through=through, shape=self.shape) as watch:
+            output = watch(self.inputs)
+            reading = Reading(self.handle, watch, output, self.shape)
+            with torch.enable_grad():
+                scores = pick(reading, self.targets)
+        return finite(scores), watch[layer], reading
+
+
+def finite(scores: Tensor) -> Tensor:
+    """The scores as they are. Raises `BadInput` if one is NaN or infinite."""
+    if not scores.detach().isfinite().all():
+        raise BadInput("the model's output holds NaN or infinity for this input, so there is nothing to explain")
+    return scores

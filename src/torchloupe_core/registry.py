@@ -1,0 +1,131 @@
+"""`(verb, name) -> Method`: every way to answer a question, and what each needs and promises, as data.
+
+A method registers itself with a decorator:
+
+    @method("explain", "mine.smiles", needs=("gradient",), cost="1 forward + 1 backward", paper="Doe 2026")
+    def smiles(query: Query, *, width: int = 3) -> Map: ...
+
+Its keyword-only parameters are the options users may give. Built-in methods are found through a plain table of strings
+(`offer`), third parties' through the entry-point group `torchloupe.adapters`; a module is imported on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torchloupe_core.errors import BadInput, UnknownName
+
+__all__ = ["ENTRY_POINTS", "Method", "alias", "find", "method", "methods", "offer"]
+
+ENTRY_POINTS = "torchloupe.adapters"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to answer a verb.
+
+    needs: what the model must have, in the words of `tags.NEEDS`. cost: in forward and backward passes per image.
+    random: whether the result depends on the seed. signed: whether negative values mean evidence against.
+    """
+
+    verb: str
+    name: str
+    backend: str
+    run: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    cost: str = ""
+    paper: str = ""
+    random: bool = False
+    signed: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names and their defaults."""
+        parameters = inspect.signature(self.run).parameters.values()
+        return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def check_options(self, given: Mapping[str, Any]) -> None:
+        """Raises `BadInput` for an option this method does not have."""
+        unknown = [name for name in given if name not in self.options]
+        if unknown:
+            known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
+            raise BadInput(f"{self.name} has no option {', '.join(map(repr, unknown))}; its options: {known}")
+
+
+_registered: dict[tuple[str, str], Method] = {}
+_offered: dict[tuple[str, str], str] = {}
+_aliases: dict[tuple[str, str], str] = {}
+
+
+def method(
+    verb: str,
+    name: str,
+    *,
+    needs: tuple[str, ...] = (),
+    cost: str = "",
+    paper: str = "",
+    random: bool = False,
+    signed: bool = True,
+) -> Callable[[F], F]:
+    """Registers a function as a way to answer `verb`. A name that has an owner already raises."""
+
+    def register(function: F) -> F:
+        backend = name.split(".")[0] if "." in name else "native"
+        entry = Method(verb, name, backend, function, needs, cost, paper, random, signed)
+        owner = _registered.get((verb, name))
+        if owner is not None and owner.run.__module__ != function.__module__:
+            raise BadInput(f"{verb} method {name!r} is registered by {owner.run.__module__} already")
+        _registered[verb, name] = entry
+        return function
+
+    return register
+
+
+def offer(table: Mapping[tuple[str, str], str]) -> None:
+    """Says which module registers which method, without importing it."""
+    _offered.update(table)
+
+
+def alias(verb: str, table: Mapping[str, str]) -> None:
+    """Lets a bare name without a native owner stand for an ecosystem's method."""
+    _aliases.update({(verb, short): full for short, full in table.items()})
+
+
+def find(verb: str, name: str) -> Method:
+    """The method of that name. Raises `UnknownName` with the nearest names."""
+    full = _aliases.get((verb, name), name)
+    if (verb, full) not in _registered and (verb, full) in _offered:
+        importlib.import_module(_offered[verb, full])
+    if (verb, full) not in _registered:
+        _load_third_parties()
+    if (verb, full) not in _registered:
+        raise UnknownName.of(f"{verb} method", name, [*_names(verb), *(short for v, short in _aliases if v == verb)])
+    return _registered[verb, full]
+
+
+def methods(verb: str | None = None) -> Iterator[Method]:
+    """Every method known, of one verb or all, by name."""
+    for module in dict.fromkeys(_offered.values()):
+        importlib.import_module(module)
+    _load_third_parties()
+    for (known, _), entry in sorted(_registered.items()):
+        if verb in (None, known):
+            yield entry
+
+
+@functools.cache
+def _load_third_parties() -> None:
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        entry.load()
+
+
+def _names(verb: str) -> list[str]:
+    return sorted({name for known, name in (*_registered, *_offered) if known == verb})

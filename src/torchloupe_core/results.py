@@ -1,0 +1,246 @@
+"""What the verbs return: frozen dataclasses, raw data first, with where it came from.
+
+Every result saves itself as one `.npz` file, arrays as they are and everything else as JSON under the key
+`provenance`; `open_result` reads it back without pickle.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchloupe_core.errors import BadInput, StoreError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Attribution", "Result", "open_result"]
+
+Box = tuple[int, int, int, int]
+
+CAM_BOX_THRESHOLD = 0.2  # of the maximum (Zhou 2016, section 3.2)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Parent of every result: saving, loading, showing.
+
+    method, backend: who did the work. seed: of everything random. seconds, forwards: what it took, images through the
+    model. versions: of the packages involved. options: of the method.
+    """
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    method: str
+    backend: str
+    seed: int
+    seconds: float
+    forwards: int
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        Result.kinds[cls.__name__] = cls
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the result to an `.npz` file, whole or not at all, and returns where. Raises `StoreError`."""
+        target = Path(path)
+        if target.suffix != ".npz":
+            target = target.with_name(target.name + ".npz")
+        arrays, rest = {}, {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                arrays[one.name] = value.numpy()
+            else:
+                rest[one.name] = value
+        provenance = json.dumps({"kind": type(self).__name__, **rest}, default=_plain)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, provenance=np.array(provenance), **arrays)
+        write_whole(target, buffer.getvalue())
+        return target
+
+    def plot(self, **options: Any) -> tuple[Any, Any]:
+        """Draws the result with pyplot; returns `(figure, axes)`."""
+        from torchloupe_core import plots
+
+        return plots.show(self, **options)
+
+    def figure(self, **options: Any) -> Figure:
+        """The same drawing as a figure of its own, outside pyplot, for saving."""
+        from torchloupe_core import plots
+
+        return plots.figure(self, **options)
+
+    def _repr_png_(self) -> bytes:
+        from torchloupe_core import plots
+
+        return plots.png(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution(Result):
+    """Where in each image the target came from.
+
+    values: `[N, h, w]` float32, raw, signed, at the method's own resolution; positive values speak for the target.
+    images: `[N, 3, H, W]` in [0, 1], what the model was shown. scores: the target's value for each image, `[N]`.
+    target: its canonical text, or one text for each image. layer: the layer read, None for methods on the input.
+    per_channel: `[N, C, H, W]`, the share of each input channel, where the method gives one.
+    signed: whether negative values mean evidence against. diagnostics: what the method knows of its own quality.
+    """
+
+    values: Tensor
+    images: Tensor
+    scores: Tensor
+    target: str | tuple[str, ...]
+    layer: str | None = None
+    signed: bool = True
+    per_channel: Tensor | None = None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Attribution:
+        """The attribution of one image."""
+        index = range(len(self))[index]
+        per_image = {"values", "images", "scores", "per_channel"}
+        changes: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name in per_image:
+            if changes[name] is not None:
+                changes[name] = changes[name][index : index + 1]
+        changes["target"] = self.targets[index]
+        return Attribution(**changes)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The target of each image."""
+        return (self.target,) * len(self) if isinstance(self.target, str) else self.target
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def upsample(self) -> Tensor:
+        """`[N, H, W]`: the values at the images' resolution, bilinearly."""
+        if self.values.shape[1:] == self.images.shape[2:]:
+            return self.values
+        return F.interpolate(self.values[:, None], self.size, mode="bilinear", align_corners=False)[:, 0]
+
+    def normalize(self, how: Literal["minmax", "absmax", "none"] = "minmax") -> Tensor:
+        """`[N, h, w]`, each image by itself: "minmax" to [0, 1], "absmax" to [-1, 1] with zero kept, "none" as is."""
+        if how == "none":
+            return self.values
+        flat = self.values.flatten(1)
+        if how == "absmax":
+            largest = flat.abs().amax(1)[:, None, None]
+            return self.values / largest.where(largest > 0, 1.0)
+        if how == "minmax":
+            low, high = flat.amin(1)[:, None, None], flat.amax(1)[:, None, None]
+            return (self.values - low) / (high - low).where(high > low, 1.0)
+        raise BadInput(f'normalize takes "minmax", "absmax" or "none"; got {how!r}')
+
+    def mask(self, *, quantile: float = 0.9) -> Tensor:
+        """`[N, H, W]` bool: the pixels above a quantile of their own image's values."""
+        if not 0 <= quantile < 1:
+            raise BadInput(f"quantile is a share from 0 to below 1; got {quantile}")
+        values = self.upsample()
+        ordered = values.flatten(1).sort(1).values
+        threshold = ordered[:, int(quantile * (ordered.shape[1] - 1))]
+        return values > threshold[:, None, None]
+
+    def boxes(self, *, threshold: float = CAM_BOX_THRESHOLD) -> list[list[Box]]:
+        """For each image the boxes `(top, left, bottom, right)` around what exceeds a share of the maximum.
+
+        One box a connected region, in input pixels, bottom and right exclusive, the heaviest region first.
+        """
+        if not 0 < threshold < 1:
+            raise BadInput(f"threshold is a share of the maximum, between 0 and 1; got {threshold}")
+        return [_boxes(values, threshold) for values in self.upsample()]
+
+    def segment(self) -> Tensor:
+        """`[N, H, W]` bool: the object the map points at, cut out by GrabCut (Rother 2004) seeded with the map."""
+        from torchloupe_core import registry
+
+        grabcut = registry.find("segment", "opencv.grabcut")
+        masks: Tensor = grabcut.run(self.images, self.upsample())
+        return masks
+
+    def overlay(self, *, alpha: float = 0.6) -> Tensor:
+        """`[N, 3, H, W]` in [0, 1]: the map in colour over each image."""
+        from torchloupe_core import plots
+
+        return plots.overlay(self, alpha=alpha)
+
+
+def open_result(path: str | os.PathLike[str]) -> Result:
+    """The result saved at `path`. Raises `StoreError` if it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            provenance = json.loads(str(stored["provenance"]))
+            arrays = {name: torch.from_numpy(stored[name].copy()) for name in stored.files if name != "provenance"}
+    except FileNotFoundError:
+        raise StoreError(f"no such file: {path}") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{path} is not a saved torchloupe result: {error}") from error
+    kind = provenance.pop("kind", None)
+    if kind not in Result.kinds:
+        raise StoreError(f"{path} holds a {kind!r}, which this version of torchloupe does not know")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in provenance.items()}
+    return Result.kinds[kind](**values, **arrays)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or as it was before. Raises `StoreError`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True) if partial.exists() else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return str(value)
+
+
+def _boxes(values: Tensor, threshold: float) -> list[Box]:
+    top = values.max()
+    if top <= 0:
+        return []
+    regions = _regions(values > threshold * top)
+    found = []
+    for label in regions.unique().tolist():
+        if label:
+            rows, columns = (regions == label).nonzero(as_tuple=True)
+            weight = values[rows, columns].sum().item()
+            box = (rows.min().item(), columns.min().item(), rows.max().item() + 1, columns.max().item() + 1)
+            found.append((weight, box))
+    return [box for _, box in sorted(found, reverse=True)]  # type: ignore[misc]
+
+
+def _regions(mask: Tensor) -> Tensor:
+    """Connected regions (8-neighbourhood) numbered from 1, 0 elsewhere: the largest pixel number spreads in each."""
+    numbers = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
+    while True:
+        spread = F.max_pool2d(numbers[None, None].double(), 3, 1, 1)[0, 0].long() * mask
+        if torch.equal(spread, numbers):
+            return numbers
+        numbers = spread
