@@ -45,7 +45,8 @@ def recognise(module: nn.Module) -> Spec | None:
     """What timm states about a model it made, or None if it did not make this one."""
     if not type(module).__module__.startswith("timm.") or not hasattr(module, "pretrained_cfg"):
         return None
-    return _spec(module, module.pretrained_cfg.get("architecture") or type(module).__name__)
+    stated: Any = module.pretrained_cfg
+    return _spec(module, stated.get("architecture") or type(module).__name__)
 
 
 def _spec(module: nn.Module, name: str) -> Spec:

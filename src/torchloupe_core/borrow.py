@@ -46,7 +46,7 @@ def borrowed(module: nn.Module) -> Iterator[None]:
 def kept_randomness() -> Iterator[None]:
     """The global random state of torch (and its accelerators in use), numpy and Python, put back on leaving."""
     state, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         yield
@@ -117,4 +117,5 @@ def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
     )
     if not compiled:
         return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ Shape = tuple[int, int, int]
 _KEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
 
-class Guess(NamedTuple):
+@dataclass(frozen=True)
+class Guess:
     """One class the model sees in an image."""
 
     name: str

@@ -72,8 +72,8 @@ def _named(images: Any) -> Iterator[tuple[str, Any]]:
         paths = find(images) if Path(images).is_dir() else [Path(images)]
         yield from ((str(path), path) for path in paths)
     elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
-        several = not isinstance(images, Image.Image) and images.ndim == 4
-        yield from ((f"image {index}", image) for index, image in enumerate(images if several else [images]))
+        several = list(images) if not isinstance(images, Image.Image) and images.ndim == 4 else [images]
+        yield from ((f"image {index}", image) for index, image in enumerate(several))
     elif isinstance(images, Iterable):
         for index, image in enumerate(images):
             yield (str(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"), image

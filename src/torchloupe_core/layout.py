@@ -53,7 +53,7 @@ def to_map(activation: Tensor, layout: Layout) -> Tensor:
     if layout.order == "vector":
         return activation[:, :, None, None]
     patches = activation[:, layout.prefix :]  # [N, h*w, C]
-    return patches.transpose(1, 2).unflatten(2, layout.grid)
+    return patches.transpose(1, 2).reshape(len(patches), -1, *layout.grid)
 
 
 def infer(
@@ -120,7 +120,7 @@ def _order_by_type(module: nn.Module, shape: tuple[int, ...]) -> Order | None:
     if isinstance(module, nn.Linear):
         return "nhwc"
     if type(module) in (nn.LayerNorm, nn.RMSNorm):
-        return "nhwc" if tuple(module.normalized_shape) == shape[-1:] else None
+        return "nhwc" if getattr(module, "normalized_shape", None) == shape[-1:] else None
     dims = getattr(module, "dims", None)  # torchvision.ops.Permute
     if dims is not None and type(module).__name__ == "Permute":
         return {(0, 2, 3, 1): "nhwc", (0, 3, 1, 2): "nchw"}.get(tuple(dims))  # type: ignore[return-value]

@@ -58,7 +58,8 @@ class Result:
         target = Path(path)
         if target.suffix != ".npz":
             target = target.with_name(target.name + ".npz")
-        arrays, rest = {}, {}
+        arrays: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, Tensor):
@@ -67,7 +68,7 @@ class Result:
                 rest[one.name] = value
         provenance = json.dumps({"kind": type(self).__name__, **rest}, default=_plain)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, provenance=np.array(provenance), **arrays)
+        np.savez_compressed(buffer, allow_pickle=False, provenance=np.array(provenance), **arrays)
         write_whole(target, buffer.getvalue())
         return target
 
@@ -198,8 +199,10 @@ def open_result(path: str | os.PathLike[str]) -> Result:
     kind = provenance.pop("kind", None)
     if kind not in Result.kinds:
         raise StoreError(f"{path} holds a {kind!r}, which this version of torchloupe does not know")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in provenance.items()}
-    return Result.kinds[kind](**values, **arrays)
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in provenance.items()
+    }
+    return Result.kinds[kind](**{**values, **arrays})
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -222,18 +225,18 @@ def _plain(value: Any) -> Any:
 
 
 def _boxes(values: Tensor, threshold: float) -> list[Box]:
-    top = values.max()
-    if top <= 0:
+    largest = values.max()
+    if largest <= 0:
         return []
-    regions = _regions(values > threshold * top)
-    found = []
-    for label in regions.unique().tolist():
+    regions = _regions(values > threshold * largest)
+    found: list[tuple[float, Box]] = []
+    for label in sorted(set(regions.flatten().tolist())):
         if label:
             rows, columns = (regions == label).nonzero(as_tuple=True)
             weight = values[rows, columns].sum().item()
-            box = (rows.min().item(), columns.min().item(), rows.max().item() + 1, columns.max().item() + 1)
-            found.append((weight, box))
-    return [box for _, box in sorted(found, reverse=True)]  # type: ignore[misc]
+            top, left, bottom, right = (int(one) for one in (rows.min(), columns.min(), rows.max(), columns.max()))
+            found.append((weight, (top, left, bottom + 1, right + 1)))
+    return [box for _, box in sorted(found, reverse=True)]
 
 
 def _regions(mask: Tensor) -> Tensor:

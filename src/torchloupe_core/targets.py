@@ -476,8 +476,8 @@ def _class_index(label: int | str, model: Subject) -> int:
         return label
     if model.classes is None:
         raise UnknownName(f"no class {label!r}: this model's classes have no names; give an index, or classes=")
-    for same in (lambda name: name == label, lambda name: name.lower() == label.lower()):
-        hits = [index for index, name in enumerate(model.classes) if same(name)]
+    for fold in (str, str.lower):
+        hits = [index for index, name in enumerate(model.classes) if fold(name) == fold(label)]
         if len(hits) == 1:
             return hits[0]
         if hits:

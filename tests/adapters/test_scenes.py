@@ -184,7 +184,7 @@ def test_another_background_leaves_the_inside_of_objects(pairs: tuple[SceneParam
     params, before = pairs
     after = render(params.replace(background=(params.background + 1) % 3))
     parts = np.arange(1, len(PART_NAMES) + 1)[:, None, None, None]
-    inside = (~grown(before.part_map != parts, 1)).any(0)  # at a seam of two parts a little shines through
+    inside = (~grown(before.part_map != parts, 2)).any(0)  # a little shines through at edges and seams of parts
     assert inside.sum() > 5000
     assert not (changed(before, after) & inside).any()
     assert changed(before, after)[~before.object_masks.any(1)].mean() > 0.9

@@ -42,15 +42,15 @@ def recognise(module: nn.Module) -> Spec | None:
 
 
 def _spec(name: str) -> Spec:
-    size, mean, std = (3, SIZE, SIZE), (MEAN,) * 3, (STD,) * 3
+    size = (3, SIZE, SIZE)
     return Spec(
         name=name,
         source="demo",
         input_size=size,
-        preprocess=resize_and_normalise(size, mean, std),
+        preprocess=resize_and_normalise(size, MEAN, STD),
         preprocess_text=f"resized to {SIZE}x{SIZE}",
-        mean=mean,
-        std=std,
+        mean=MEAN,
+        std=STD,
         classes=tuple(CLASSES),
         classifier="fc",
     )
