@@ -15,11 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchloupe import checks
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
     from torchloupe._tables import methods
     from torchloupe_adapters.demo.scenes import demo_scenes
-    from torchloupe_core import checks, errors
+    from torchloupe_core import errors
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
     from torchloupe_core.results import Attribution
@@ -71,7 +72,7 @@ _HOMES = {
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
     "Spec": "torchloupe_core.spec",
-    "checks": "torchloupe_core.checks:",
+    "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "errors": "torchloupe_core.errors:",
     "explain": "torchloupe._explain",

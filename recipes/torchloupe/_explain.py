@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import time
 from collections.abc import Sequence
@@ -96,4 +97,8 @@ def _texts(targets: Sequence[Target]) -> str | tuple[str, ...]:
 
 def _versions(way: Method) -> dict[str, str]:
     packages = ["torchloupe", "torch"] + ([way.backend] if way.backend != "native" else [])
-    return {name: importlib.metadata.version(name) for name in packages}
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a backend need not be a distribution
+            found[name] = importlib.metadata.version(name)
+    return found

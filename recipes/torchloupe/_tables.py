@@ -24,6 +24,14 @@ class MethodTable(list[Method]):
         head = "".join(f"<th>{column}</th>" for column in COLUMNS)
         return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
+    def markdown(self) -> str:
+        """The table as Markdown, for a README."""
+        rows = ["| method | needs | cost | paper |", "|---|---|---|---|"]
+        rows += [
+            f"| `{entry.name}` | {', '.join(entry.needs) or '-'} | {entry.cost} | {entry.paper} |" for entry in self
+        ]
+        return "\n".join(rows) + "\n"
+
     @staticmethod
     def _cells(entry: Method) -> tuple[str, ...]:
         return (entry.verb, entry.name, entry.backend, ", ".join(entry.needs) or "-", entry.cost, entry.paper)

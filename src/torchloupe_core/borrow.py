@@ -26,14 +26,16 @@ def borrowed(module: nn.Module) -> Iterator[None]:
         given_back.enter_context(kept_randomness())
         for part in module.modules():
             given_back.callback(_module_keeper(part))
-        for parameter in module.parameters():
+        # Tensors made in inference mode cannot be changed outside it, so there is nothing to keep.
+        parameters = [parameter for parameter in module.parameters() if not parameter.is_inference()]
+        for parameter in parameters:
             given_back.callback(_parameter_keeper(parameter))
         for buffer in module.buffers():
-            if not buffer.is_inference():  # those cannot be written to outside inference mode
+            if not buffer.is_inference():
                 given_back.callback(_buffer_keeper(buffer))
         for part in module.modules():
             part.training = False  # not .eval(): a user's own train() may do more
-        for parameter in module.parameters():
+        for parameter in parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
         given_back.enter_context(torch.inference_mode(False))

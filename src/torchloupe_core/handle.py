@@ -46,7 +46,6 @@ class Reading:
     handle: Handle
     watch: Watch
     output: Any
-    shape: Shape
 
     def logits(self) -> Tensor:
         """The model's output as `[N, K]`."""
@@ -54,10 +53,7 @@ class Reading:
 
     def map(self, layer: str) -> Tensor:
         """A watched layer as a canonical map `[N, C, h, w]`."""
-        layout = self.handle.layer(layer, self.shape).layout
-        if layout is None:
-            raise NotApplicable(f"layer {layer!r} gives no map of channels")
-        return to_map(self.watch[layer], layout)
+        return self.watch.map(layer)
 
 
 class Handle:
@@ -234,12 +230,13 @@ class Handle:
         unless switched on inside; the model is borrowed meanwhile. shape: the inputs' (C, H, W), if not the model's.
         """
         places = {str(name): Place.parse(str(name)) for name in (*layers, *([leaf] if leaf is not None else []))}
-        parts = {place.module: self.module.get_submodule(place.module) for place in places.values()} if places else {}
-        calls = {name: self.layer(name, shape).calls for name in parts}
+        found = {text: self.layer(text, shape) for text in places}
+        parts = {place.module: self.module.get_submodule(place.module) for place in places.values()}
         watch = Watch(
             self.module,
             places,
-            calls,
+            calls={name: self.layer(name, shape).calls for name in parts},
+            layouts={text: layer.layout for text, layer in found.items()},
             through=through or not places,
             leaf=None if leaf is None else str(leaf),
             forward_done=self._count,
@@ -254,7 +251,7 @@ class Handle:
         through = any(bound.target.reads_output for bound in distinct)
         shape = _shape_of(inputs)
         with self.watch(*layers, through=through, shape=shape) as watch:
-            reading = Reading(self, watch, watch(inputs), shape)
+            reading = Reading(self, watch, watch(inputs))
             return pick(reading, targets, reduce)
 
     def score(self, images: Any, target: TargetLike | Sequence[TargetLike], *, reduce: Reduce = "mean") -> Tensor:

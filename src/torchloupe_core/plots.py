@@ -49,26 +49,24 @@ def overlay(attribution: Attribution, *, alpha: float = 0.6) -> Tensor:
     """`[N, 3, H, W]` in [0, 1]: the map in colour over each image, stronger where the map is."""
     values = attribution.upsample()
     images = attribution.images.mean(1, keepdim=True).expand(-1, 3, -1, -1)  # grey, so that colour means the map
-    return torch.stack(
-        [
-            _over(image, one, scale(one), is_signed(attribution), alpha)
-            for image, one in zip(images, values, strict=True)
-        ]
-    )
+    signed = is_signed(attribution)
+    return torch.stack([_over(image, one, signed, alpha) for image, one in zip(images, values, strict=True)])
 
 
-def scale(values: Tensor) -> float:
-    """The value drawn in full colour: nearly the largest magnitude."""
-    ordered = values.abs().flatten().sort().values
-    largest = ordered[int(CLIPPED * (len(ordered) - 1))].item() or ordered[-1].item()
-    return largest or 1.0
+def scale(values: Tensor, signed: bool) -> tuple[float, float]:
+    """The values drawn at the two ends of the colours: nearly the extremes, and symmetric around zero if signed."""
+    ordered = (values.abs() if signed else values).flatten().sort().values
+    high = ordered[int(CLIPPED * (len(ordered) - 1))].item()
+    low = -high if signed else ordered[0].item()
+    return (low, high) if high > low else (low - 1.0, low + 1.0) if signed else (low, low + 1.0)
 
 
-def colours(values: Tensor, largest: float, signed: bool) -> Tensor:
+def colours(values: Tensor, signed: bool) -> Tensor:
     """`[3, H, W]` in [0, 1]: a map in its colours."""
     import matplotlib
 
-    position = (values / largest).clamp(-1, 1) / 2 + 0.5 if signed else (values / largest).clamp(0, 1)
+    low, high = scale(values, signed)
+    position = ((values - low) / (high - low)).clamp(0, 1)
     rgb = torch.from_numpy(matplotlib.colormaps[SIGNED if signed else POSITIVE](position.numpy()))
     return rgb[..., :3].permute(2, 0, 1).float()
 
@@ -78,9 +76,11 @@ def is_signed(attribution: Attribution) -> bool:
     return attribution.signed and bool((attribution.values < 0).any())
 
 
-def _over(image: Tensor, values: Tensor, largest: float, signed: bool, alpha: float) -> Tensor:
-    strength = alpha * (values.abs() / largest).clamp(0, 1).sqrt() if signed else torch.full_like(values, alpha)
-    return image * (1 - strength) + colours(values, largest, signed) * strength
+def _over(image: Tensor, values: Tensor, signed: bool, alpha: float) -> Tensor:
+    strength = torch.full_like(values, alpha)
+    if signed:  # zero is neutral: let the image through there
+        strength = alpha * (values.abs() / scale(values, signed)[1]).clamp(0, 1).sqrt()
+    return image * (1 - strength) + colours(values, signed) * strength
 
 
 @singledispatch
@@ -107,8 +107,7 @@ def _draw_attribution(
         right.imshow(pictures[row].permute(1, 2, 0).numpy())
         left.set_title(_target_title(attribution, row), fontsize=9, loc="left")
         right.set_title(_method_title(attribution), fontsize=9, loc="left")
-        largest = scale(attribution.upsample()[row])
-        shades = ScalarMappable(Normalize(-largest if signed else 0, largest), SIGNED if signed else POSITIVE)
+        shades = ScalarMappable(Normalize(*scale(attribution.upsample()[row], signed)), SIGNED if signed else POSITIVE)
         bar = drawing.colorbar(shades, ax=right, fraction=0.046, pad=0.03)
         bar.ax.tick_params(labelsize=7)
         bar.formatter.set_powerlimits((-2, 3))

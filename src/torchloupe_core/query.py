@@ -14,7 +14,7 @@ from torchloupe_core.targets import Bound
 
 __all__ = ["Map", "Query", "finite"]
 
-DEFAULT_BATCH = 8  # large batches lose on a CPU; measured best between 4 and 16 for resnet50 at 224 pixels
+LEAST_BATCH, MOST_BATCH, BATCH_PIXELS = 8, 64, 8 * 224 * 224  # at 224 pixels larger batches lose on a CPU
 
 
 @dataclass
@@ -59,7 +59,8 @@ class Query:
     @property
     def batch(self) -> int:
         """How many images go through the model at once."""
-        return self.batch_size or DEFAULT_BATCH
+        fitting = BATCH_PIXELS // (self.size[0] * self.size[1])
+        return self.batch_size or max(LEAST_BATCH, min(MOST_BATCH, fitting))
 
     def generator(self) -> torch.Generator:
         """A fresh random source on the CPU, the same for the same seed."""
@@ -107,7 +108,7 @@ class Query:
         through = any(bound.target.reads_output for bound in self.targets)
         with self.handle.watch(*names, leaf=layer, through=through, shape=self.shape) as watch:
             output = watch(self.inputs)
-            reading = Reading(self.handle, watch, output, self.shape)
+            reading = Reading(self.handle, watch, output)
             with torch.enable_grad():
                 scores = pick(reading, self.targets)
         return finite(scores), watch[layer], reading

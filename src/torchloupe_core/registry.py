@@ -11,6 +11,7 @@ Its keyword-only parameters are the options users may give. Built-in methods are
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 from torchloupe_core.errors import BadInput, UnknownName
 
-__all__ = ["ENTRY_POINTS", "Method", "alias", "find", "method", "methods", "offer"]
+__all__ = ["ENTRY_POINTS", "Method", "alias", "find", "method", "methods", "offer", "registered"]
 
 ENTRY_POINTS = "torchloupe.adapters"
 
@@ -87,6 +88,21 @@ def method(
         return function
 
     return register
+
+
+@contextlib.contextmanager
+def registered(entry: Method) -> Iterator[None]:
+    """Inside, `entry` answers to its name, whether registered or not; afterwards the name is as it was."""
+    key = (entry.verb, entry.name)
+    before = _registered.get(key)
+    _registered[key] = entry
+    try:
+        yield
+    finally:
+        if before is None:
+            del _registered[key]
+        else:
+            _registered[key] = before
 
 
 def offer(table: Mapping[tuple[str, str], str]) -> None:

@@ -97,7 +97,7 @@ class _Recorder:
         self.spec, self.clock = spec, 0
         self.grids: list[Grid] = []
         self.image: Grid = (inputs.shape[-2], inputs.shape[-1])
-        self.open: list[tuple[str, int, Tensor | None]] = []
+        self.open: list[tuple[str, int, Tensor | None, int]] = []
         self.trace = Trace(self.image)
         self.counts: dict[str, int] = {}
         self.kinds: dict[str, str] = {}
@@ -107,16 +107,17 @@ class _Recorder:
     def enter(self, name: str, module: nn.Module, arguments: Any) -> None:
         tensor = first_tensor(arguments)
         self.kinds[name] = type(module).__name__
-        self.open.append((name, self._tick(), tensor))
+        self.open.append((name, self._tick(), tensor, _version(tensor)))
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None:
         while self.open[-1][0] != name:  # a module left by an exception the model itself caught
             self.open.pop()
-        _, begins, given = self.open.pop()
+        _, begins, given, version = self.open.pop()
         call = self.counts[name] = self.counts.get(name, 0) + 1
         tensor = first_tensor(output)
         layout = self._layout(name, module, tensor, given, begins)
-        layer = self._layer(name, layout, call, begins, passes=tensor is not None and tensor is given)
+        passes = tensor is not None and tensor is given and _version(tensor) == version  # not so an in-place ReLU
+        layer = self._layer(name, layout, call, begins, passes=passes)
         self.trace.calls[f"{name}#{call}"] = layer
         self.trace.layers.pop(name, None)  # the last call decides the order
         self.trace.layers[name] = layer
@@ -187,6 +188,11 @@ def is_inside_attention(name: str, kinds: Mapping[str, str]) -> bool:
         and "block" not in part
         for n, part in enumerate(parts[:-1])
     )
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor has been written to; tensors made in inference mode do not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _tag(tensor: Tensor, layout: Layout) -> None:

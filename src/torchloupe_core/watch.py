@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.layout import Layout, to_map
 
 __all__ = ["Place", "Watch", "first_tensor", "hooked"]
 
@@ -93,7 +94,8 @@ class Watch:
     """Runs a model and keeps what the watched places saw. Made by `Handle.watch`, used inside its `with` block.
 
     Calling it runs one forward pass and returns the model's output, or None if it stopped after the last place needed.
-    `watch["layer4"]` is the raw tensor there, safe from in-place operations that follow.
+    `watch["layer4"]` is the raw tensor there, safe from in-place operations that follow; `watch.map("layer4")` is the
+    same as a map `[N, C, h, w]`.
     """
 
     def __init__(
@@ -104,10 +106,11 @@ class Watch:
         *,
         through: bool,
         leaf: str | None,
+        layouts: Mapping[str, Layout | None],
         forward_done: Callable[[int], None],
     ) -> None:
         self._module, self._places, self._calls = module, places, calls
-        self._through, self._leaf, self._forward_done = through, leaf, forward_done
+        self._through, self._leaf, self._layouts, self._forward_done = through, leaf, layouts, forward_done
         self._seen: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
         self._wanted: dict[str, list[str]] = {}
@@ -131,7 +134,15 @@ class Watch:
         return output
 
     def __getitem__(self, name: object) -> Tensor:
+        """What a watched place held, raw."""
         return self._seen[str(name)]
+
+    def map(self, name: object) -> Tensor:
+        """What a watched place held, as a canonical map `[N, C, h, w]`."""
+        layout = self._layouts[str(name)]
+        if layout is None:
+            raise NotApplicable(f"layer {str(name)!r} gives no map of channels")
+        return to_map(self[name], layout)
 
     def entered(self, name: str, module: nn.Module, arguments: Any) -> Any:
         """Hook: a watched module is about to run."""

@@ -31,7 +31,7 @@ def cam(query: Query) -> Map:
     maps = []
     for part in query.parts():
         with query.handle.watch(layer, through=True, shape=query.shape) as watch:
-            reading = Reading(query.handle, watch, watch(part.inputs), query.shape)
+            reading = Reading(query.handle, watch, watch(part.inputs))
             features, logits = reading.map(layer), reading.logits()
         _verify(query, classifier, layer, features, logits)
         weights = torch.stack([_weights(bound, classifier) for bound in part.targets])  # [N, C]
