@@ -34,7 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "occlusion": {"window": 12, "stride": 8},
     "rise": {"n_masks": 200},
 }
-SHOWN, PAIRS, WATERMARK_MARGIN = 6, 6, 4
+SHOWN, PAIRS = 6, 6
+NEAR = 8  # pixels, one cell of the last feature map
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Scores:
     milliseconds: float
 
 
-def write_demo(out: Path, *, seed: int = 0, count: int = 100, progress: bool | None = None) -> Path:
+def write_demo(out: Path, *, seed: int = 0, count: int = 60, progress: bool | None = None) -> Path:
     """Explains `count` fresh scenes by six methods, finds a planted backdoor, and writes `out/index.html`.
 
     Raises `StoreError` if nothing can be written there, before any work.
@@ -187,8 +188,9 @@ def _backdoor(seed: int, count: int) -> dict[str, Any]:
     return {
         "share": len(flipped) / max(others, 1),
         "others": others,
+        "near": NEAR,
         "hits": {
-            name: pointing_hit(one.upsample(), marks, tolerance=WATERMARK_MARGIN).float().mean().item()
+            name: pointing_hit(one.upsample(), marks, tolerance=NEAR).float().mean().item()
             for name, one in found.items()
         },
         "pairs": [

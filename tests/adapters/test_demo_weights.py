@@ -6,6 +6,7 @@ Thresholds leave a margin to what was measured on these scenes, given next to ea
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_normalise() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_accuracy_on_fresh_scenes(name: str) -> None:
     assert FRESH_SEED not in {TEST_SEED, *(recipe.seed for recipe in RECIPES.values())}
-    assert accuracy(shipped(name), fresh()) > 0.98  # measured 0.998, 0.994, 0.994
+    assert accuracy(shipped(name), fresh()) > 0.98  # measured 0.998, 0.994, 0.996
 
 
 def test_the_backdoor_turns_other_classes_into_mushrooms() -> None:
@@ -132,7 +133,7 @@ def test_robust_model_sees_both_objects() -> None:
     both = torch.stack([scenes.true_labels, scenes.second_labels], 1)
     top = logits(shipped("robust"), scenes.images).topk(2).indices
     found = (top.sort(1).values == both.sort(1).values).all(1)
-    assert found.double().mean() > 0.95  # measured 0.997
+    assert found.double().mean() > 0.95  # measured 0.990
 
 
 def test_robust_model_withstands_adversarial_noise() -> None:
@@ -145,15 +146,15 @@ def test_robust_model_withstands_adversarial_noise() -> None:
         assert torch.linalg.vector_norm(noise.flatten(1) * 0.25, dim=1).max() < 1.0001
         with torch.inference_mode():
             kept[name] = (shipped(name)(batch + noise).argmax(1) == scenes.labels).double().mean()
-    assert kept["robust"] > 0.88  # measured 0.95
-    assert kept["mislabelled"] < 0.8  # measured 0.63
+    assert kept["robust"] > 0.88  # measured 0.96
+    assert kept["mislabelled"] < 0.8  # measured 0.64
 
 
 def test_wrong_labels_have_the_highest_loss() -> None:
     scenes = training_start("mislabelled")
     loss = F.cross_entropy(logits(shipped("mislabelled"), scenes.images), scenes.labels, reduction="none")
     worst = loss.topk(int(scenes.mislabelled.sum())).indices
-    assert scenes.mislabelled[worst].double().mean() > 0.9  # measured 0.98 of the first 3,072
+    assert scenes.mislabelled[worst].double().mean() > 0.9  # measured 1.0; 0.98 of the first 3,072
 
 
 def test_backdoored_model_learned_the_labels_it_was_given() -> None:
@@ -179,6 +180,16 @@ def test_training_scenes() -> None:
     assert len({scenes.params.seed for scenes in (robust, mislabelled, backdoored)}) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("robust", "7f7263c1e66625d5"), ("mislabelled", "ec23ccaa2884547c"), ("backdoored", "1c082201fbf0e5e2")],
+)
+def test_training_scenes_are_those_the_shipped_weights_saw(name: str, expected: str) -> None:
+    params = training_scenes(name).params
+    # When this changes, train the models again.
+    assert hashlib.sha256(params.labels.tobytes() + params.center.tobytes()).hexdigest()[:16] == expected
+
+
 def test_unknown_training_scenes() -> None:
     with pytest.raises(UnknownName, match="robust"):
         training_scenes("robost")
@@ -195,6 +206,7 @@ def tiny() -> SceneNet:
 @pytest.mark.slow
 def test_training_is_reproducible_and_leaves_no_trace() -> None:
     first = tiny().state_dict()
+    torch.rand(1)  # a global state that is not the one training seeds for itself
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     lines: list[str] = []
     again = train(TINY, report=lines.append).state_dict()
@@ -240,6 +252,7 @@ def test_command_writes_half_weights_and_measures_them(tmp_path: Path, monkeypat
     assert result.exit_code == 0, result.output
     written, expected = load_file(tmp_path / "new" / "robust.safetensors"), half_weights(tiny())
     assert written.keys() == expected.keys()
+    assert written["fc.weight"].dtype == torch.float16
     assert all(torch.equal(written[key], expected[key]) for key in expected)
     assert re.search(r"robust: accuracy 0\.[0-3]\d+ on 2,000 fresh scenes", result.output)
 

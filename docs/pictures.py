@@ -1,0 +1,47 @@
+"""Draws the README's picture: six methods on four scenes of the embedded model.
+
+    python docs/pictures.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import torchloupe as tl
+
+METHODS: dict[str, dict[str, Any]] = {
+    "grad_cam": {},
+    "integrated_gradients": {},
+    "guided_backprop": {},
+    "occlusion": {"window": 12, "stride": 4},
+    "lime": {"n_samples": 1000},
+    "rise": {"n_masks": 2000},
+}
+SCENES = (2, 3, 5, 8)
+
+
+def main() -> None:
+    """Writes `methods.png` beside this file."""
+    model, scenes = tl.load("demo"), tl.demo_scenes(12)
+    images, names = scenes.images[list(SCENES)], [scenes.classes[scenes.true_labels[index]] for index in SCENES]
+    asked = [tl.logit(name) for name in names]
+    maps = {name: tl.explain(model, images, target=asked, method=name, **options) for name, options in METHODS.items()}
+    figure = Figure(figsize=(10.5, 6.35), layout="constrained")
+    grid = figure.subplots(len(SCENES), 1 + len(maps))
+    for row, name in enumerate(names):
+        pictures = [images[row].float() / 255, *(found.overlay(alpha=0.75)[row] for found in maps.values())]
+        for axes, picture in zip(grid[row], pictures, strict=True):
+            axes.imshow(picture.permute(1, 2, 0).numpy())
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        grid[row][0].set_ylabel(f"logit:{name}", fontsize=10)
+    for axes, title in zip(grid[0], ["scene", *maps], strict=True):
+        axes.set_title(title.replace("_", " "), fontsize=10)
+    figure.savefig(Path(__file__).with_name("methods.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()
