@@ -36,7 +36,7 @@ def saliency(query: Query) -> Map:
     """The largest magnitude of the gradient over the channels; `per_channel` holds the gradient itself."""
 
     def attribute(part: Query) -> Tensor:
-        return _tensor(_attr().Saliency(part.score).attribute(**_asked(part), abs=False))
+        return _tensor(_attr().Saliency(_differentiable(part)).attribute(**_asked(part), abs=False))
 
     gradient = _by_parts(query, attribute)
     return Map(gradient.abs().amax(1), gradient)
@@ -53,7 +53,7 @@ def input_x_gradient(query: Query) -> Map:
     """The gradient times the input, summed over channels."""
 
     def attribute(part: Query) -> Tensor:
-        return _tensor(_attr().InputXGradient(part.score).attribute(**_asked(part)))
+        return _tensor(_attr().InputXGradient(_differentiable(part)).attribute(**_asked(part)))
 
     product = _by_parts(query, attribute)
     return Map(product.sum(1), product)
@@ -81,7 +81,7 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
         begin = start.expand(len(part.inputs), -1, -1, -1)
         found = _tensor(
             _attr()
-            .IntegratedGradients(part.score)
+            .IntegratedGradients(_differentiable(part))
             .attribute(
                 **_asked(part),
                 baselines=begin,
@@ -103,9 +103,12 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
     needs=("gradient", "relu"),
     cost="1 forward + 1 backward",
     paper="Springenberg et al. 2015, Striving for Simplicity",
+    signed=False,
 )
 def guided_backprop(query: Query) -> Map:
-    """The gradient with negative values stopped at every ReLU, summed over channels; `per_channel` holds it in colour.
+    """The largest magnitude over the channels of the gradient with negative values stopped at every ReLU.
+
+    Its sign says which way to change a pixel, not whether the pixel speaks for the target; `per_channel` has it.
 
     Captum reaches `torch.nn.ReLU` modules only. A model without any would give the plain gradient under this name, one
     that also rectifies through functions a mixture; both are refused.
@@ -121,7 +124,7 @@ def guided_backprop(query: Query) -> Map:
             return _tensor(_attr().GuidedBackprop(_Scored(part)).attribute(**_asked(part)))
 
     guided = _by_parts(query, attribute)
-    return Map(guided.sum(1), guided)
+    return Map(guided.abs().amax(1), guided)
 
 
 @method(
@@ -244,6 +247,20 @@ def _by_parts(query: Query, attribute: Callable[[Query], Tensor]) -> Tensor:
     return torch.cat(found)
 
 
+def _differentiable(part: Query) -> Callable[[Tensor, Tensor], Tensor]:
+    """The target's values, refused where no gradient leads from them to the input."""
+
+    def scored(inputs: Tensor, images: Tensor) -> Tensor:
+        values = part.score(inputs, images)
+        if torch.is_grad_enabled() and inputs.requires_grad and not values.requires_grad:
+            raise NotApplicable(
+                "the target has no gradient with respect to the input; rise, occlusion and lime need none"
+            )
+        return values
+
+    return scored
+
+
 class _Scored(nn.Module):
     """The model with the target as its output, for methods of Captum that want a module."""
 
@@ -252,7 +269,7 @@ class _Scored(nn.Module):
         self.model, self.query = query.handle.module, query
 
     def forward(self, inputs: Tensor, images: Tensor) -> Tensor:
-        return self.query.score(inputs, images)
+        return _differentiable(self.query)(inputs, images)
 
 
 def _require_relu_modules(query: Query) -> None:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from torchloupe_core.errors import BadInput, MissingDependency
 
-__all__ = ["load_into", "read"]
+__all__ = ["load_into", "read", "save"]
 
 MOST = 8
 
 
 def load_into(module: nn.Module, path: str | Path) -> None:
     """Loads a checkpoint into a model, every key of it. Raises `BadInput` and changes nothing if they do not match."""
-    state = read(path)
     expected = module.state_dict()
+    state = _unwrapped(read(path), expected)
     problems = [
         *_listed("missing", [f"{key} {list(value.shape)}" for key, value in expected.items() if key not in state]),
         *_listed(
@@ -51,7 +51,16 @@ def read(path: str | Path) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(one, Tensor) for one in loaded.values()):
         raise BadInput(f"{path} holds no state dict, a table of names and tensors, but {type(loaded).__name__}")
-    return {_plain(key, loaded): value for key, value in loaded.items()}
+    return dict(loaded)
+
+
+def save(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Writes weights as safetensors."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise MissingDependency.of("safetensors", None) from error
+    save_file(dict(weights), path)
 
 
 def _safetensors(path: Path) -> Any:
@@ -78,12 +87,12 @@ def _torch(path: Path) -> Any:
         raise BadInput(f"{path} is not a checkpoint that torch.load can read: {error}") from error
 
 
-def _plain(key: str, loaded: Mapping[str, Any]) -> str:
-    """The key without what `DataParallel` and `torch.compile` put before every one."""
-    for prefix in ("module.", "_orig_mod."):
-        if all(one.startswith(prefix) for one in loaded):
-            return key.removeprefix(prefix)
-    return key
+def _unwrapped(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what `DataParallel` and `torch.compile` put before every key, unless the model has it itself."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in expected):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _listed(what: str, keys: Iterable[str]) -> list[str]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +26,13 @@ __all__ = ["load", "recognise"]
 def load(name: str, *, pretrained: bool | None = None, checkpoint: str | Path | None = None, **options: Any) -> Handle:
     """A timm model by name, `resnet50.a1_in1k`. Options go to `timm.create_model`; `num_classes` among them."""
     timm = _timm()
-    if name.split(".")[0] not in timm.list_models():
-        raise UnknownName.of("timm model", name, [*timm.list_models(), *timm.list_pretrained()])
+    known = [*timm.list_models(), *timm.list_models(include_tags=True)]
+    if name not in known:
+        raise UnknownName.of("timm model", name, known)
     wanted = checkpoint is None if pretrained is None else pretrained
     try:
-        module = timm.create_model(name, pretrained=wanted, **options)
+        with _no_waiting_without_network() if wanted else contextlib.nullcontext():
+            module = timm.create_model(name, pretrained=wanted, **options)
     except (TypeError, ValueError) as error:
         raise BadInput(f"timm.create_model({name!r}) failed: {error}") from error
     except Exception as error:
@@ -49,6 +56,23 @@ def recognise(module: nn.Module) -> Spec | None:
     return _spec(module, stated.get("architecture") or type(module).__name__)
 
 
+@contextlib.contextmanager
+def _no_waiting_without_network() -> Iterator[None]:
+    """Where its host has no address, Hugging Face's client looks into its cache only, instead of a minute of retries."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _spec(module: nn.Module, name: str) -> Spec:
     from timm.data import create_transform, resolve_model_data_config
 
@@ -65,6 +89,8 @@ def _spec(module: nn.Module, name: str) -> Spec:
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         preprocess = resize_and_normalise(config["input_size"], mean, std)
     classifier = stated.get("classifier")
+    if isinstance(classifier, (tuple, list)):  # DeiT's distilled head, VOLO's auxiliary one come second
+        classifier = classifier[0]
     return Spec(
         name=name,
         source="timm",

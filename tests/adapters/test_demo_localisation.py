@@ -48,12 +48,12 @@ def test_every_method_is_measured() -> None:
     assert {entry.name for entry in tl.methods("explain")} == set(LEAST)
 
 
-# method: pointing game, IoU. Measured: cam .81 .57, guided .82 .29, input_x_gradient .83 .23, ig 1.00 .66,
+# method: pointing game, IoU. Measured: cam .81 .57, guided .95 .59, input_x_gradient .83 .23, ig 1.00 .66,
 # lime .65 .51, occlusion .86 .59, saliency .44 .26, grad_cam as cam, rise .90 .54. Baselines: random .10 .05,
 # centre blob .16 .11.
 LEAST = {
     "cam": (0.70, 0.45),
-    "captum.guided_backprop": (0.70, 0.22),
+    "captum.guided_backprop": (0.85, 0.48),
     "captum.input_x_gradient": (0.70, 0.18),
     "captum.integrated_gradients": (0.90, 0.55),
     "captum.lime": (0.52, 0.40),
@@ -76,7 +76,7 @@ def test_a_method_points_at_the_object(method: str) -> None:
     assert found.iou >= iou
 
 
-# Measured shares: cam 1.00, integrated_gradients .96, occlusion 1.00, guided_backprop .81, input_x_gradient .67; a map
+# Measured shares: cam 1.00, integrated_gradients .96, occlusion 1.00, guided_backprop .86, input_x_gradient .67; a map
 # that does not know which object was asked about has .5. Saliency, a magnitude, cannot know.
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_method_points_at_the_object(method: str) -> None:
         ("cam", 0.95),
         ("captum.integrated_gradients", 0.90),
         ("captum.occlusion", 0.95),
-        ("captum.guided_backprop", 0.72),
+        ("captum.guided_backprop", 0.78),
         ("captum.input_x_gradient", 0.60),
     ],
 )

@@ -14,10 +14,10 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from torchloupe_adapters import checkpoint as checkpoints
 from torchloupe_adapters.demo.model import STD, SceneNet, normalise
 from torchloupe_adapters.demo.scenes import CLASSES, Scenes, demo_scenes
 from torchloupe_core.errors import UnknownName
@@ -214,7 +214,7 @@ def main(name: str, out: Path) -> None:
     weights = half_weights(model)
     model.load_state_dict(weights)  # measure what ships
     out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / f"{name}.safetensors")
+    checkpoints.save(weights, out / f"{name}.safetensors")
     with _one_thread():
         score = accuracy(model, demo_scenes(2_000, TEST_SEED))
     click.echo(f"{name}: accuracy {score:.4f} on 2,000 fresh scenes")
