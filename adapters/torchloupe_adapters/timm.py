@@ -58,7 +58,7 @@ def recognise(module: nn.Module) -> Spec | None:
 
 @contextlib.contextmanager
 def _no_waiting_without_network() -> Iterator[None]:
-    """Where its host has no address, Hugging Face's client looks into its cache only, instead of a minute of retries."""
+    """Where its host has no address, Hugging Face's client looks into its cache only, instead of retrying a minute."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

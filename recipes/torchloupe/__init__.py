@@ -91,6 +91,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'torchloupe' has no attribute {name!r}")
     home, colon, inside = _HOMES[name].partition(":")
+    importlib.import_module("torchloupe_adapters")  # says where methods live: a result opened here can be segmented
     module = importlib.import_module(home)
     found = module if colon and not inside else getattr(module, inside or name)
     globals()[name] = found

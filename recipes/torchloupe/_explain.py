@@ -60,7 +60,9 @@ def explain(
             handle, inputs, handle.bind(asked, inputs), seed, None if layer is None else str(layer), batch_size, report
         )
         found = way.run(query, **options)
-        scores = torch.cat([part.score(part.inputs) for part in query.parts()])
+        scores = found.scores
+        if scores is None:
+            scores = torch.cat([part.score(part.inputs) for part in query.parts()])
     values = found.values.detach().float().cpu()
     if not values.isfinite().all():
         raise BadInput(f"{way.name} gave NaN or infinity; the model's gradients or activations are not finite here")

@@ -52,6 +52,7 @@ def load(
         ) from None
     if classes is not None and source != "demo":
         options.setdefault("num_classes", len(classes))
+    entry.check_options(options)
     handle: Handle = entry.run(rest, pretrained=pretrained, checkpoint=checkpoint, **options)
     facts = _stated(handle.spec, classes, preprocess, input_size, output=output)
     return Handle(handle.module if device is None else handle.module.to(device), facts)
@@ -132,6 +133,10 @@ def _stated(
         if len(input_size) != 3 or min(input_size) < 1:
             raise BadInput(f"input_size is (C, H, W); got {tuple(input_size)}")
         changes["input_size"] = tuple(input_size)
+        for key in ("mean", "std"):  # a source's, for another number of channels
+            known: tuple[float, ...] | None = getattr(spec, key)
+            if known and key not in changes and len(known) != input_size[0]:
+                changes[key] = (sum(known) / len(known),) * input_size[0]
     if preprocess is not None:
         changes |= {"preprocess": preprocess, "preprocess_text": "preprocess given", **_read_off(preprocess)}
         if input_size is not None:

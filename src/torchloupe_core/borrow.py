@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,9 +37,12 @@ def borrowed(module: nn.Module) -> Iterator[None]:
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
+            if parameter.grad is not None:
+                parameter.grad = None  # so that a backward() of someone else's does not add to the user's own
         given_back.enter_context(torch.inference_mode(False))
         given_back.enter_context(torch.no_grad())
         given_back.enter_context(_uncompiled(module))
+        _make_differentiable(module)
         yield
 
 
@@ -63,17 +65,24 @@ def kept_randomness() -> Iterator[None]:
 
 
 def _module_keeper(module: nn.Module) -> Callable[[], None]:
-    """Puts back a module's attributes and the contents of its tables (hooks, buffers, parameters, children)."""
+    """Puts back a module's attributes and what its dicts, lists and sets hold: hooks, children, a model's own notes."""
     attributes = dict(module.__dict__)
-    tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
-        (value, copy.copy(value)) for name, value in attributes.items() if isinstance(value, dict) and name[0] == "_"
-    ]
+    tables = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
+    lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
+    sets = [(value, set(value)) for value in attributes.values() if isinstance(value, set)]
 
     def put_back() -> None:
         for table, contents in tables:
             if not _same(table, contents):
                 table.clear()
                 table.update(contents)
+        for sequence, items in lists:
+            if len(sequence) != len(items) or any(a is not b for a, b in zip(sequence, items, strict=True)):
+                sequence[:] = items
+        for group, members in sets:
+            if group != members:
+                group.clear()
+                group.update(members)
         if not _same(module.__dict__, attributes):
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -94,10 +103,10 @@ def _parameter_keeper(parameter: nn.Parameter) -> Callable[[], None]:
 
 
 def _buffer_keeper(buffer: Tensor) -> Callable[[], None]:
-    version, value = buffer._version, buffer.detach().clone()
+    value = buffer.detach().clone()
 
     def put_back() -> None:
-        if buffer._version != version:
+        if not torch.equal(buffer, value):  # its version says nothing: batch normalisation does not count its updates
             with torch.no_grad():
                 buffer.copy_(value)
 
@@ -107,8 +116,18 @@ def _buffer_keeper(buffer: Tensor) -> Callable[[], None]:
 def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
     """Whether two tables hold the same objects in the same order; no `==`, which tensors answer elementwise."""
     return len(now) == len(before) and all(
-        key == other and value is kept for (key, value), (other, kept) in zip(now.items(), before.items(), strict=True)
+        key is other and value is kept for (key, value), (other, kept) in zip(now.items(), before.items(), strict=True)
     )
+
+
+def _make_differentiable(module: nn.Module) -> None:
+    """Exchanges parameters and buffers made in inference mode, which no graph may hold, for ordinary copies."""
+    for part in module.modules():
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_inference():
+                    table[name] = tensor.clone()
 
 
 def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -76,7 +76,7 @@ def _nearest(given: str, names: list[str], most: int = 5) -> str:
         return "there are none"
     lowered = {name.lower(): name for name in reversed(names)}
     near = [lowered[match] for match in difflib.get_close_matches(given.lower(), lowered, n=most, cutoff=0.5)]
-    near += [name for name in names if given.lower() in name.lower() and name not in near]
+    near += [name for name in names if given and given.lower() in name.lower() and name not in near]
     if near:
         return "did you mean " + ", ".join(map(repr, near[:most])) + "?"
     if len(names) <= 12:

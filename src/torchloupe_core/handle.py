@@ -119,14 +119,23 @@ class Handle:
         if self.spec.classifier in layers:
             return f"{self.spec.classifier}.in"
         backwards = [layer for layer in reversed(layers.values()) if layer.layout]
-        weighted = next((layer for layer in backwards if layer.kind.endswith(("Linear", "Conv2d"))), None)
-        if weighted and weighted.channels == outputs and (weighted.kind.endswith("Conv2d") or not weighted.spatial):
+        weighted = next((layer for layer in backwards if self._has_weights(layer)), None)
+        if weighted and weighted.channels == outputs and self._classifies(weighted):
             return f"{weighted.name}.in"
         if backwards and backwards[0].channels == outputs:  # no classifier: the features are the output
             return backwards[0].name
         raise NotApplicable(
             "no layer gives this model's outputs, so the input of its classifier is unknown; name layer="
         )
+
+    def _has_weights(self, layer: Layer) -> bool:
+        return any(True for _ in self.module.get_submodule(layer.name).parameters(recurse=False))
+
+    def _classifies(self, layer: Layer) -> bool:
+        """Whether a layer could be the classifier: linear, or a 1x1 convolution before the pooling."""
+        if layer.kind.endswith("Conv2d"):
+            return getattr(self.module.get_submodule(layer.name), "kernel_size", None) == (1, 1)
+        return layer.kind.endswith("Linear") and not layer.spatial
 
     def layer(self, name: object, shape: Shape | None = None) -> Layer:
         """The layer of that name; `relu#1` is a call of a module that runs several times, `fc.in` its input."""
@@ -147,10 +156,11 @@ class Handle:
         shape = shape or self._shape()
         key = ("trace", *self._key(shape))
         if key not in self._kept:
-            noise = torch.randn((tracing.BATCH, *shape), generator=torch.Generator().manual_seed(0))
             with self.borrow():
+                noise = torch.randn((tracing.BATCH, *shape), generator=torch.Generator().manual_seed(0))
                 try:
-                    self._kept[key] = tracing.run(self.module, self.spec, noise.to(self.device, self.dtype))
+                    inputs = noise.to(self.device, self.dtype)
+                    self._kept[key] = tracing.run(self.module, self.spec, inputs, self.logits)
                 except Exception as error:
                     error.add_note(f"torchloupe was running the model on an input of shape {list(shape)}")
                     raise
@@ -160,7 +170,7 @@ class Handle:
     def _key(self, shape: Shape) -> tuple[object, ...]:
         """Changes when layers are added, exchanged or removed, or other facts are stated about them."""
         structure = hash(tuple((name, id(part)) for name, part in self.module.named_modules()))
-        return shape, self.spec.prefix, self.spec.classifier, str(self.spec.layouts), structure
+        return shape, self.spec.prefix, self.spec.classifier, str(self.spec.layouts), self.spec.output, structure
 
     def features_at(self, shape: Shape, before: str | None = None) -> str:
         """The last spatial layer for inputs of this shape that reaches the output, or that ends before a layer."""
@@ -172,39 +182,40 @@ class Handle:
             if layer.spatial
             and not layer.passes
             and layer.kind not in ("AdaptiveAvgPool2d", "Flatten")
-            and not tracing.is_inside_attention(layer.name, {name: found.kind for name, found in trace.layers.items()})
+            and not layer.in_attention
             and (limit is None or layer.ends < limit)
         ]
         if not candidates:
             place = f" before {before!r}" if before else ""
             raise NotApplicable(f"no spatial layer{place}; use a method that reads the input's gradient, as saliency")
-        if limit is not None or not any(layer.layout and layer.layout.prefix for layer in candidates[:1]):
+        if limit is None and not any(layer.layout and layer.layout.prefix for layer in trace.layers.values()):
             return candidates[0].name
-        key = ("features", *self._key(shape))
+        key = ("features", before, *self._key(shape))
         if key not in self._kept:
-            self._kept[key] = self._reaching(candidates[:24], shape)
+            # The classifier's input, not its output: a freshly made head may be all zeros.
+            self._kept[key] = self._reaching(before or self.embedding_at(shape), candidates[:24], shape)
         name: str = self._kept[key]
         return name
 
-    def _reaching(self, candidates: Sequence[Layer], shape: Shape) -> str:
-        """The first candidate whose patches the output depends on.
+    def _reaching(self, end: str, candidates: Sequence[Layer], shape: Shape) -> str:
+        """The first candidate whose patches the layer `end` depends on.
 
-        After the last attention of a class-token model they no longer count: every map of that layer would be zero.
+        A parallel branch does not reach it. After the last attention of a class-token model patches no longer count:
+        every map of that layer would be zero.
         """
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn((1, *shape), generator=generator).to(self.device, self.dtype).requires_grad_(True)
         names = [layer.name for layer in candidates]
-        # The classifier's input, not its output: a freshly made head may be all zeros.
-        end = self.embedding_at(shape)
         with self.watch(*names, end, shape=shape) as watch, torch.enable_grad():
-            watch(inputs)
+            watch(torch.randn((1, *shape), generator=generator).to(self.device, self.dtype).requires_grad_(True))
             features = watch[end]
             value = (features * torch.randn(features.shape, generator=generator).to(features)).sum()
             gradients = torch.autograd.grad(value, [watch[name] for name in names], allow_unused=True)
         for layer, gradient in zip(candidates, gradients, strict=True):
             if gradient is not None and layer.layout and to_map(gradient, layer.layout).abs().sum() > 0:
                 return layer.name
-        raise NotApplicable("no spatial layer reaches this model's output; use a method on the input, as saliency")
+        raise NotApplicable(
+            f"no spatial layer reaches {end!r}; use a method that reads the input's gradient, as saliency"
+        )
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[None]:
@@ -357,7 +368,7 @@ class _At:
 
     @property
     def outputs(self) -> int | None:
-        return self.handle.trace(self.shape).outputs if self.handle.spec.output is None else None
+        return self.handle.trace(self.shape).outputs
 
     def layer(self, name: str) -> Layer:
         return self.handle.layer(name, self.shape)

@@ -27,7 +27,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 def read(images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Images as model inputs `[N, C, H, W]`, never the caller's own tensor. Raises `BadInput`, naming the image."""
     if isinstance(images, Tensor) and images.is_floating_point():
-        inputs = images if images.ndim == 4 else images[None]
+        inputs = images[None] if images.ndim == 3 else images
     else:
         parts = [_one(image, name, spec) for name, image in _named(images)]
         if not parts:
@@ -37,7 +37,8 @@ def read(images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype) -
             raise BadInput(f"the images have different sizes after preprocessing, {sorted(shapes)}; resize them alike")
         inputs = torch.stack(parts)
     _check(inputs, spec)
-    return inputs.detach().to(device, dtype, copy=True)
+    with torch.inference_mode(False):  # or a caller inside it gets inputs that no gradient can be asked for
+        return inputs.detach().to(device, dtype, copy=True)
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -54,7 +55,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     except UnidentifiedImageError:
         size = path.stat().st_size
         raise BadInput(f"{path} is not an image" if size else f"{path} is empty (0 bytes)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path} cannot be decoded: {error}") from error
 
 
@@ -96,6 +97,10 @@ def _picture(image: Any, name: str) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return open_picture(image)
     if isinstance(image, Image.Image):
+        try:
+            image.load()  # one opened from a file is decoded only now
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadInput(f"{name} cannot be decoded: {error}") from error
         return _eight_bit(image)
     if isinstance(image, Tensor):
         array = image.cpu().numpy()

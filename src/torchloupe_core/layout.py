@@ -80,7 +80,7 @@ def infer(
     if output.ndim == 3:
         return _tokens(shape, image, grids, prefix)
     if output.ndim == 4:
-        return _map(shape, module, image, inherited, inside_attention)
+        return _map(shape, module, image, grids, inherited, inside_attention)
     return None
 
 
@@ -93,7 +93,12 @@ def plausible_grid(grid: Grid, image: Grid) -> bool:
 
 
 def _map(
-    shape: tuple[int, ...], module: nn.Module, image: Grid, inherited: Layout | None, inside_attention: bool
+    shape: tuple[int, ...],
+    module: nn.Module,
+    image: Grid,
+    grids: Sequence[Grid],
+    inherited: Layout | None,
+    inside_attention: bool,
 ) -> Layout | None:
     _, a, b, c = shape
     order = _order_by_type(module, shape)
@@ -107,8 +112,10 @@ def _map(
             if a == b and b != c and plausible_grid((a, b), image) and not plausible_grid((b, c), image)
             else "nchw"
         )
-    elif order == "nhwc" and inside_attention and not plausible_grid((a, b), image):
-        return None  # a normalisation of queries or keys, [N, heads, L, d]
+    elif order == "nhwc" and inside_attention and (a, b) not in grids:
+        return None  # queries, keys or weights, [N, heads, L, d] or [N, L, L, heads]
+    elif order == "nhwc" and not plausible_grid((a, b), image):
+        return None  # tokens in blocks, [N, blocks, L, C], as in NesT
     return Layout("nchw", a, (b, c)) if order == "nchw" else Layout("nhwc", c, (a, b))
 
 

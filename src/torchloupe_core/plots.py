@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Callable
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,8 @@ def scale(values: Tensor, signed: bool) -> tuple[float, float]:
     ordered = (values.abs() if signed else values).flatten().sort().values
     high = ordered[int(CLIPPED * (len(ordered) - 1))].item()
     low = -high if signed else ordered[0].item()
-    return (low, high) if high > low else (low - 1.0, low + 1.0) if signed else (low, low + 1.0)
+    flat = high - low <= 1e-6 * max(abs(low), abs(high))  # rounding is no contrast
+    return (low, high) if not flat else (low - 1.0, low + 1.0) if signed else (low, low + 1.0)
 
 
 def colours(values: Tensor, signed: bool) -> Tensor:
@@ -120,10 +120,14 @@ def _draw_attribution(
 
 
 def _target_title(attribution: Attribution, row: int) -> str:
-    target = textwrap.shorten(attribution.targets[row], 40, placeholder="…")
-    return f"{target}\n= {attribution.scores[row].item():.3g}"
+    return f"{_cut(attribution.targets[row])}\n= {attribution.scores[row].item():.3g}"
 
 
 def _method_title(attribution: Attribution) -> str:
     where = f"at {attribution.layer}" if attribution.layer else "at the input"
-    return f"{attribution.method}\n{textwrap.shorten(where, 40, placeholder='…')}"
+    return f"{attribution.method}\n{_cut(where)}"
+
+
+def _cut(text: str, most: int = 40) -> str:
+    """A text short enough for a title, its dollars no mathematics."""
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")

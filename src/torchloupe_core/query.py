@@ -22,12 +22,14 @@ class Map:
     """What a method found: `values [N, h, w]`, and what more it knows.
 
     per_channel: `[N, C, H, W]`, the share of each input channel, where the method gives one. layer: the layer it read.
+    scores: the target's value for each image `[N]`, where the method came by it; it saves a forward pass.
     diagnostics: numbers a user needs to judge the map, as `completeness_gap`.
     """
 
     values: Tensor
     per_channel: Tensor | None = None
     layer: str | None = None
+    scores: Tensor | None = None
     diagnostics: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -55,8 +55,10 @@ class Method:
 
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Raises `BadInput` for an option this method does not have."""
+        parameters = inspect.signature(self.run).parameters.values()
+        open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
         unknown = [name for name in given if name not in self.options]
-        if unknown:
+        if unknown and not open_ended:
             known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
             raise BadInput(f"{self.name} has no option {', '.join(map(repr, unknown))}; its options: {known}")
 

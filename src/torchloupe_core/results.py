@@ -6,11 +6,13 @@ Every result saves itself as one `.npz` file, arrays as they are and everything 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Attribution", "Result", "open_result"]
 
 Box = tuple[int, int, int, int]
+
+_UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 CAM_BOX_THRESHOLD = 0.2  # of the maximum (Zhou 2016, section 3.2)
 
@@ -193,17 +197,20 @@ def open_result(path: str | os.PathLike[str]) -> Result:
         with np.load(path, allow_pickle=False) as stored:
             provenance = json.loads(str(stored["provenance"]))
             arrays = {name: torch.from_numpy(stored[name].copy()) for name in stored.files if name != "provenance"}
+        kind = str(provenance.pop("kind", None))
     except FileNotFoundError:
         raise StoreError(f"no such file: {path}") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not a saved torchloupe result: {error}") from error
-    kind = provenance.pop("kind", None)
     if kind not in Result.kinds:
         raise StoreError(f"{path} holds a {kind!r}, which this version of torchloupe does not know")
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in provenance.items()
     }
-    return Result.kinds[kind](**{**values, **arrays})
+    try:
+        return Result.kinds[kind](**{**values, **arrays})
+    except TypeError as error:
+        raise StoreError(f"{path} holds an {kind} whose fields are not those of this version: {error}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -216,7 +223,8 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True) if partial.exists() else None
+        with contextlib.suppress(OSError):  # where it could not be made, as for a name that is too long
+            partial.unlink()
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
@@ -231,7 +239,7 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return value.tolist()
     return str(value)
 

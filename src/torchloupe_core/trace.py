@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from torchloupe_core.errors import LoupeError
 from torchloupe_core.layout import Grid, Layout, infer, plausible_grid
 from torchloupe_core.spec import Spec
 from torchloupe_core.watch import first_tensor, hooked
@@ -26,6 +28,7 @@ class Layer:
     """One module as seen in a forward pass. `channels`, `size` (h, w) and `layout` are None if it gives no map.
 
     calls: how often it runs. begins, ends: its place in forward order. passes: it hands its input on unchanged.
+    in_attention: it runs inside an attention module, where maps of heads and tokens are no pictures.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Layer:
     begins: int = 0
     ends: int = 0
     passes: bool = False
+    in_attention: bool = False
 
     @property
     def spatial(self) -> bool:
@@ -62,17 +66,19 @@ class Trace:
     rectified: int = 0
 
 
-def run(module: nn.Module, spec: Spec, inputs: Tensor) -> Trace:
-    """Runs `inputs` (a batch of `BATCH`) once and writes down what each module did. The model is already borrowed."""
+def run(module: nn.Module, spec: Spec, inputs: Tensor, logits: Callable[[Any], Tensor]) -> Trace:
+    """Runs `inputs` (a batch of `BATCH`) once and writes down what each module did. The model is already borrowed.
+
+    logits: finds them in the model's output.
+    """
     recorder = _Recorder(spec, inputs)
     parts = {name: part for name, part in module.named_modules() if name}
     with hooked(parts, recorder.enter, recorder.leave), _CountReLU() as relus:
         output = module(inputs)
     trace = recorder.trace
     trace.rectified = relus.count
-    tensor = first_tensor(output)
-    if tensor is not None and tensor.ndim == 2:
-        trace.outputs = tensor.shape[1]
+    with contextlib.suppress(LoupeError):  # a model without logits has layers all the same
+        trace.outputs = logits(output).shape[1]
     return trace
 
 
@@ -130,7 +136,13 @@ class _Recorder:
         channels = layout.channels if layout else None
         size = layout.grid if layout and layout.order != "vector" else None
         kind = self.kinds[name.removesuffix(".in")]
-        return Layer(name, kind, channels, size, layout, call, begins, self._tick(), passes)
+        inside = self._in_attention(name.removesuffix(".in"))
+        return Layer(name, kind, channels, size, layout, call, begins, self._tick(), passes, inside)
+
+    def _in_attention(self, name: str) -> bool:
+        """By its own name, or because an attention module calls it, as CoaT's shared position encodings."""
+        callers = [f"{one[0]}." for one in self.open]
+        return any(is_inside_attention(one, self.kinds) for one in (name, *callers))
 
     def _layout(
         self, name: str, module: nn.Module, tensor: Tensor | None, given: Tensor | None, begins: int
@@ -152,7 +164,7 @@ class _Recorder:
             grids=self.grids,
             prefix=self.spec.prefix,
             inherited=inherited,
-            inside_attention=is_inside_attention(name, self.kinds),
+            inside_attention=self._in_attention(name),
         )
         if layout and layout.order in ("nchw", "nhwc") and layout.spatial and plausible_grid(layout.grid, self.image):
             self.grids.append(layout.grid)

@@ -256,7 +256,9 @@ def test_guided_backprop_leaves_in_place_modules_as_they_were(net: Handle) -> No
     tl.explain(net, X, method="guided_backprop")
     assert net.module.relu1.inplace
     assert not net.module.relu2.inplace
-    assert not any(part._backward_hooks or part._forward_hooks or part._forward_pre_hooks for part in net.module.modules())
+    assert not any(
+        part._backward_hooks or part._forward_hooks or part._forward_pre_hooks for part in net.module.modules()
+    )
     assert all(torch.equal(value, before[key]) for key, value in net.module.state_dict().items())
 
 

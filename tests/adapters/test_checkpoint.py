@@ -114,7 +114,7 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(
 
 def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
-    with pytest.raises(BadInput, match="could run code.*state_dict"):
+    with pytest.raises(BadInput, match=r"could run code.*state_dict"):
         read(tmp_path / "model.pt")
 
 

@@ -14,7 +14,17 @@ from torchloupe_core.errors import BadInput, MissingDependency
 
 def attribution(values: Tensor, images: Tensor) -> tl.Attribution:
     return tl.Attribution(
-        "grad_cam", "native", 0, 0.0, 1, {}, {}, values=values, images=images, scores=torch.zeros(len(values)), target="0"
+        "grad_cam",
+        "native",
+        0,
+        0.0,
+        1,
+        {},
+        {},
+        values=values,
+        images=images,
+        scores=torch.zeros(len(values)),
+        target="0",
     )
 
 

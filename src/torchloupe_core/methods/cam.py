@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from torchloupe_core.errors import NotApplicable
-from torchloupe_core.handle import Reading
+from torchloupe_core.handle import Reading, pick
 from torchloupe_core.layout import to_map
-from torchloupe_core.query import Map, Query
+from torchloupe_core.query import Map, Query, finite
 from torchloupe_core.registry import method
 from torchloupe_core.targets import Bound
 from torchloupe_core.watch import Place
@@ -27,16 +27,19 @@ IDENTITY_TOLERANCE = 1e-3  # relative to the largest logit; float32 sums over 7x
 )
 def cam(query: Query) -> Map:
     """`CAM_c = sum_k w_ck A_k`; its mean over positions plus the bias is the logit, and that is verified each time."""
-    classifier, layer = _classifier(query), query.resolved_layer()
-    maps = []
+    classifier = _classifier(query)
+    weights = {bound: _weights(bound, classifier) for bound in query.targets}
+    layer = query.resolved_layer()
+    maps, scores = [], []
     for part in query.parts():
         with query.handle.watch(layer, through=True, shape=query.shape) as watch:
             reading = Reading(query.handle, watch, watch(part.inputs))
             features, logits = reading.map(layer), reading.logits()
         _verify(query, classifier, layer, features, logits)
-        weights = torch.stack([_weights(bound, classifier) for bound in part.targets])  # [N, C]
-        maps.append(torch.einsum("nchw,nc->nhw", features, weights))
-    return Map(torch.cat(maps), layer=layer)
+        chosen = torch.stack([weights[bound] for bound in part.targets])  # [N, C]
+        maps.append(torch.einsum("nchw,nc->nhw", features, chosen))
+        scores.append(finite(pick(reading, part.targets)))
+    return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
 
 
 @method(
@@ -49,34 +52,36 @@ def cam(query: Query) -> Map:
 def grad_cam(query: Query) -> Map:
     """`sum_k mean_hw(d target / d A_k) A_k`. Only what follows the layer is differentiated."""
     layer = query.resolved_layer()
-    maps = []
+    maps, scores = [], []
     for part in query.parts():
-        features, gradients = layer_gradient(part, layer)
+        features, gradients, values = layer_gradient(part, layer)
         weights = gradients.mean((2, 3))
         maps.append(torch.einsum("nchw,nc->nhw", features, weights))
-    return Map(torch.cat(maps), layer=layer)
+        scores.append(values)
+    return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
 
 
-def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor]:
-    """A layer's map `[N, C, h, w]` and the gradient of each image's target with respect to it."""
+def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's map `[N, C, h, w]`, the gradient of each image's target with respect to it, the targets' values."""
     scores, raw, reading = query.with_leaf(layer)
     if not scores.requires_grad:
-        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query)}")
+        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
     (gradient,) = torch.autograd.grad(scores, raw, torch.ones_like(scores), allow_unused=True)
     layout = query.handle.layer(layer, query.shape).layout
     if gradient is None or layout is None:
-        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query)}")
+        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
     patches = to_map(gradient, layout)
     if layout.prefix and not patches.any() and gradient.any():
         raise NotApplicable(
-            f"after {layer!r} only the class token counts, so its patches have no gradient; {_suggestion(query)}"
+            f"after {layer!r} only the class token counts, so its patches have no gradient; {_suggestion(query, layer)}"
         )
-    return reading.map(layer).detach(), patches
+    return reading.map(layer).detach(), patches, scores.detach()
 
 
-def _suggestion(query: Query) -> str:
+def _suggestion(query: Query, failed: str) -> str:
     first = [name for bound in query.targets for name in bound.target.layers]
-    return f"layer={query.handle.features_at(query.shape, first[0] if first else None)!r} would work"
+    other = query.handle.features_at(query.shape, first[0] if first else None)
+    return f"layer={other!r} would work" if other != failed else "name another with layer="
 
 
 def _classifier(query: Query) -> nn.Linear | nn.Conv2d:

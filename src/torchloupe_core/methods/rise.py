@@ -33,13 +33,18 @@ def rise(query: Query, *, n_masks: int = 4000, cells: int = 7, p: float = 0.5, b
     inputs = query.inputs
     masks = RandomMasks(n_masks, cells, p, query.size, query.generator(), like=inputs)
     filling = torch.as_tensor(baseline, dtype=inputs.dtype, device=inputs.device)
-    total = torch.zeros(len(inputs), *query.size, dtype=inputs.dtype, device=inputs.device)
+    try:
+        filling = filling.expand(query.shape)
+    except RuntimeError:
+        raise BadInput(f"baseline is a number or [C, H, W] = {list(query.shape)}; got {list(filling.shape)}") from None
+    exact = torch.promote_types(inputs.dtype, torch.float32)  # thousands of terms are too many for half precision
+    total = torch.zeros(len(inputs), *query.size, dtype=exact, device=inputs.device)
     done = 0
     for start in range(0, n_masks, query.batch):
         chosen = masks[start : start + query.batch]  # [m, H, W]
         for image, x in enumerate(inputs):
             scores = query.score(filling + (x - filling) * chosen[:, None], [image] * len(chosen))
-            total[image].view(-1).addmv_(chosen.flatten(1).T, scores)
+            total[image].view(-1).addmv_(chosen.flatten(1).T.to(exact), scores.to(exact))
             done += len(chosen)
             query.progress(done, n_masks * len(inputs))
     return Map(total / (n_masks * p))

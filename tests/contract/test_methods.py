@@ -1,0 +1,53 @@
+"""Every registered method of `explain` on every specimen keeps every promise of the contract."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+import torchloupe as tl
+from torchloupe_core.checks import Trial
+from torchloupe_core.specimens import SPECIMENS
+
+# Small options for costly methods.
+OPTIONS = {
+    "rise": {"n_masks": 16},
+    "captum.integrated_gradients": {"steps": 4},
+    "captum.lime": {"n_samples": 30, "n_segments": 8},
+    "captum.occlusion": {"window": 8, "stride": 8},
+}
+METHODS = [entry.name for entry in tl.methods("explain")]
+
+# Which methods refuse which specimens, so that neither a refusal nor an answer appears unnoticed.
+NO_RELU_MODULES = {"concat", "depthwise", "nhwc", "vit_registers"}
+REFUSED = {
+    "cam": {"concat", "vit_registers"},
+    "captum.guided_backprop": NO_RELU_MODULES,
+}
+
+
+@functools.cache
+def _trial(method: str, specimen: str) -> Trial:
+    """One for all checks, which share its first result."""
+    handle, inputs = SPECIMENS[specimen]()
+    return tl.checks.trial(method, handle, inputs, **OPTIONS.get(method, {}))
+
+
+@pytest.mark.parametrize("check", tl.checks.checks_of("explain"))
+@pytest.mark.parametrize("specimen", SPECIMENS)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str, specimen: str, check: str) -> None:
+    tl.checks.checks_of("explain")[check](_trial(method, specimen))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_refuses_exactly_what_it_must(method: str) -> None:
+    refused = {specimen for specimen in SPECIMENS if _trial(method, specimen).refused}
+    assert refused == REFUSED.get(method, set())
+
+
+def test_every_specimen_has_several_methods() -> None:
+    for specimen in SPECIMENS:
+        answering = [method for method in METHODS if not _trial(method, specimen).refused]
+        assert len(answering) >= 5, specimen
