@@ -1,6 +1,6 @@
 """Draws the README's picture: six methods on four scenes of the embedded model.
 
-    python docs/pictures.py
+python docs/pictures.py
 """
 
 from __future__ import annotations

@@ -84,12 +84,12 @@ def infer(
     return None
 
 
-def plausible_grid(grid: Grid, image: Grid) -> bool:
+def plausible_grid(grid: Grid, image: Grid, slack: float = 1.34) -> bool:
     """Whether an image can have been reduced to this grid by about the same stride in height and width."""
     if 1 in grid or grid[0] > image[0] or grid[1] > image[1]:
         return grid == (1, 1)
     strides = [size / cells for size, cells in zip(image, grid, strict=True)]
-    return max(strides) <= 1.34 * min(strides)
+    return max(strides) <= slack * min(strides)
 
 
 def _map(
@@ -114,7 +114,7 @@ def _map(
         )
     elif order == "nhwc" and inside_attention and (a, b) not in grids:
         return None  # queries, keys or weights, [N, heads, L, d] or [N, L, L, heads]
-    elif order == "nhwc" and not plausible_grid((a, b), image):
+    elif order == "nhwc" and not plausible_grid((a, b), image, slack=3):
         return None  # tokens in blocks, [N, blocks, L, C], as in NesT
     return Layout("nchw", a, (b, c)) if order == "nchw" else Layout("nhwc", c, (a, b))
 

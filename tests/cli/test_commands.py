@@ -111,15 +111,25 @@ def test_methods_of_an_unknown_verb(run: Run) -> None:
 def test_a_table_wraps_at_spaces_to_fit_a_terminal() -> None:
     rows = [
         ("name", "cost", "paper"),
-        ("grad_cam", "one forward and one backward", "Selvaraju et al. 2017"),
+        ("captum.occlusion", "one forward and one backward", "Selvaraju et al. 2017"),
         ("b", "", ""),
     ]
-    assert _table(rows).splitlines()[1] == "grad_cam  one forward and one backward  Selvaraju et al. 2017"
-    narrow = _table(rows, 36).splitlines()
-    assert max(map(len, narrow)) <= 36 and len(narrow) > 4
-    words = " ".join(narrow).split()
-    assert sorted(words) == sorted(" ".join(cell for row in rows for cell in row).split())
-    assert max(map(len, _table(rows, 5).splitlines())) < 40  # as narrow as its longest words, which stay whole
+    assert _table(rows).splitlines()[1] == "captum.occlusion  one forward and one backward  Selvaraju et al. 2017"
+    words = sorted(" ".join(cell for row in rows for cell in row).split())
+    for width, reached in ((40, 40), (5, 37)):  # as narrow as its longest words, which stay whole
+        narrow = _table(rows, width).splitlines()
+        assert max(map(len, narrow)) <= reached and len(narrow) > 4
+        assert sorted(" ".join(narrow).split()) == words
+
+
+def test_methods_on_a_terminal_fit_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, pipe = SimpleNamespace(isatty=lambda: True), SimpleNamespace(isatty=lambda: False)
+    monkeypatch.setattr("torchloupe.cli.sys", SimpleNamespace(stdout=terminal, stderr=pipe))
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = run("methods", "explain").stdout.splitlines()
+    assert max(map(len, lines)) <= 100 and "Randomized" not in " ".join(lines)
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert "Randomized Input Sampling" in run("methods", "explain").stdout
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

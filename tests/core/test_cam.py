@@ -109,6 +109,15 @@ def test_cam_refuses_with_the_reason(module: nn.Module, options: dict[str, Any],
         assert "grad_cam" in str(caught.value)
 
 
+def test_a_head_of_zeros_does_not_let_cam_pass() -> None:
+    """torchvision's vision transformers begin with one: every logit is 0, and so is every wrong map."""
+    module = Pooled(between=nn.LayerNorm(12))
+    for parameter in module.fc.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(NotApplicable, match="the features differ by"):
+        tl.explain(wrapped(module), X, target=0, method="cam")
+
+
 def test_cam_refuses_a_model_with_something_after_the_classifier() -> None:
     with pytest.raises(NotApplicable):
         tl.explain(wrapped(nn.Sequential(Pooled(), nn.Softmax(1))), X, method="cam")

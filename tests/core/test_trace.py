@@ -73,7 +73,7 @@ CASES: list[tuple[str, dict[str, Any], str, int, tuple[int, int], str, int, str]
     ("timm/cait_xxs24_224", {"img_size": 64, "depth": 2}, "blocks", 192, (4, 4), "tokens", 0, "head.in"),
     ("timm/coat_lite_tiny", {}, "serial_blocks4.1.norm1", 320, (7, 7), "tokens", 1, "head.in"),
     ("timm/pit_ti_224", {}, "transformers.2.blocks.3.norm1", 256, (7, 7), "tokens", 1, "head.in"),
-    ("timm/volo_d1_224", {}, "aux_head", 1000, (14, 14), "tokens", 0, "head.in"),
+    ("timm/volo_d1_224", {}, "post_network.1.norm1", 384, (14, 14), "tokens", 1, "head.in"),
     ("timm/mixer_s32_224", {}, "norm", 512, (7, 7), "tokens", 0, "head.in"),
     ("timm/mambaout_femto", {"input_size": (3, 64, 96)}, "stages", 288, (2, 3), "nhwc", 0, "head.fc.in"),
     ("timm/densenet121", {"input_size": (3, 64, 96)}, "features", 1024, (2, 3), "nchw", 0, "classifier.in"),

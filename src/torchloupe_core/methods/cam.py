@@ -27,15 +27,16 @@ IDENTITY_TOLERANCE = 1e-3  # relative to the largest logit; float32 sums over 7x
 )
 def cam(query: Query) -> Map:
     """`CAM_c = sum_k w_ck A_k`; its mean over positions plus the bias is the logit, and that is verified each time."""
-    classifier = _classifier(query)
+    entrance = query.handle.embedding_at(query.shape)
+    classifier = _classifier(query, entrance)
     weights = {bound: _weights(bound, classifier) for bound in query.targets}
     layer = query.resolved_layer()
     maps, scores = [], []
     for part in query.parts():
-        with query.handle.watch(layer, through=True, shape=query.shape) as watch:
+        with query.handle.watch(layer, entrance, through=True, shape=query.shape) as watch:
             reading = Reading(query.handle, watch, watch(part.inputs))
-            features, logits = reading.map(layer), reading.logits()
-        _verify(query, classifier, layer, features, logits)
+            features = reading.map(layer)
+        _verify(classifier, layer, features, watch[entrance], reading.logits())
         chosen = torch.stack([weights[bound] for bound in part.targets])  # [N, C]
         maps.append(torch.einsum("nchw,nc->nhw", features, chosen))
         scores.append(finite(pick(reading, part.targets)))
@@ -84,10 +85,9 @@ def _suggestion(query: Query, failed: str) -> str:
     return f"layer={other!r} would work" if other != failed else "name another with layer="
 
 
-def _classifier(query: Query) -> nn.Linear | nn.Conv2d:
+def _classifier(query: Query, entrance: str) -> nn.Linear | nn.Conv2d:
     """The linear layer that gives the logits."""
-    name = Place.parse(query.handle.embedding_at(query.shape)).module
-    module = query.handle.module.get_submodule(name)
+    module = query.handle.module.get_submodule(Place.parse(entrance).module)
     if not isinstance(module, nn.Linear) and not (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
         raise NotApplicable(f"CAM needs a linear classifier; this model ends in {type(module).__name__}. Use grad_cam")
     return module
@@ -102,23 +102,22 @@ def _weights(bound: Bound, classifier: nn.Linear | nn.Conv2d) -> Tensor:
     return torch.tensor(list(chosen.values())).to(rows) @ rows
 
 
-def _verify(query: Query, classifier: nn.Linear | nn.Conv2d, layer: str, features: Tensor, logits: Tensor) -> None:
-    """CAM is exact if the logits are the classifier applied to the mean of the features; otherwise it is another
+def _verify(classifier: nn.Linear | nn.Conv2d, layer: str, features: Tensor, entered: Tensor, logits: Tensor) -> None:
+    """CAM is exact if the classifier reads the mean of the features and gives the logits; otherwise it is another
     method under CAM's name."""
-    if features.shape[1] != classifier.weight.shape[1]:
+    pooled, entered = features.mean((2, 3)), entered.mean((2, 3)) if entered.ndim == 4 else entered
+    if pooled.shape != entered.shape:
         raise NotApplicable(
-            f"CAM needs pooling and then the classifier right after the features; {layer!r} has {features.shape[1]} "
-            f"channels, the classifier takes {classifier.weight.shape[1]}. Use grad_cam"
+            f"CAM needs pooling and then the classifier right after the features; {layer!r} has {pooled.shape[1]} "
+            f"channels, the classifier reads {list(entered.shape[1:])}. Use grad_cam"
         )
-    weight = classifier.weight.flatten(1)
-    expected = features.mean((2, 3)) @ weight.T
-    if classifier.bias is not None:
-        expected = expected + classifier.bias
+    expected = nn.functional.linear(pooled, classifier.weight.flatten(1), classifier.bias)
     if expected.shape != logits.shape:
         raise NotApplicable("CAM needs the classifier's output to be the model's; here more follows it. Use grad_cam")
-    gap = (expected - logits).abs().max().item()
-    if gap > IDENTITY_TOLERANCE * max(logits.abs().max().item(), 1e-6):
-        raise NotApplicable(
-            f"CAM is exact only if nothing but average pooling lies between {layer!r} and the classifier; here the "
-            f"logits differ by {gap:.2g} from that. Use grad_cam"
-        )
+    for what, found, exact in (("features", entered, pooled), ("logits", logits, expected)):
+        gap = (found - exact).abs().max().item()
+        if gap > IDENTITY_TOLERANCE * max(found.abs().max().item(), 1e-6):
+            raise NotApplicable(
+                f"CAM is exact only if nothing but average pooling lies between {layer!r} and the classifier; here the "
+                f"{what} differ by {gap:.2g} from that. Use grad_cam"
+            )
