@@ -262,6 +262,24 @@ def test_guided_backprop_leaves_in_place_modules_as_they_were(net: Handle) -> No
     assert all(torch.equal(value, before[key]) for key, value in net.module.state_dict().items())
 
 
+def test_guided_backprop_through_a_rectifier_working_in_place_on_another() -> None:
+    def stack(*, inplace: bool) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.ReLU(),
+            nn.ReLU(inplace=inplace),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        )
+
+    found, expected = (
+        tl.explain(wrapped(stack(inplace=inplace)), X, target=1, method="guided_backprop").values
+        for inplace in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 class Functional(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.relu(x))
@@ -308,6 +326,14 @@ def test_lime_is_reproducible_by_its_seed(net: Handle) -> None:
     torch.testing.assert_close(first.values, again.values, atol=1e-5, rtol=1e-4)
     other = tl.explain(net, X[:1], target=1, method="lime", segments=quarters(), n_samples=30, seed=4)
     assert not torch.allclose(first.values, other.values)
+
+
+def test_segments_may_have_any_numbers(net: Handle) -> None:
+    few, large = (
+        tl.explain(net, X[:1], target=1, method="lime", segments=numbers, n_samples=30).values
+        for numbers in (quarters().unique(return_inverse=True)[1], quarters() * 1000 - 5)
+    )
+    assert torch.equal(few, large)
 
 
 def test_lime_says_how_well_it_fits(net: Handle) -> None:

@@ -136,6 +136,17 @@ def test_a_mismatch_is_explained_key_by_key_and_changes_nothing(tmp_path: Path) 
     assert same(target, before)
 
 
+def test_a_refusal_loads_nothing_of_what_would_fit(tmp_path: Path) -> None:
+    state = made(1).state_dict()
+    del state["3.bias"]
+    torch.save(state, tmp_path / "w.pt")
+    target = made(2)
+    before = kept(target)
+    with pytest.raises(BadInput, match=r"missing: 3\.bias"):
+        load_into(target, tmp_path / "w.pt")
+    assert same(target, before)
+
+
 def test_many_mismatches_are_counted(tmp_path: Path) -> None:
     torch.save({f"key{n}": torch.zeros(1) for n in range(30)}, tmp_path / "w.pt")
     with pytest.raises(BadInput) as caught:

@@ -197,6 +197,7 @@ def test_upsampling_is_bilinear_to_the_images_size() -> None:
 
 def test_normalisation_is_named_and_keeps_each_image_apart() -> None:
     values = torch.tensor([[[-2.0, 0.0], [1.0, 4.0]], [[0.0, 0.0], [0.0, 0.5]], [[3.0, 3.0], [3.0, 3.0]]])
+    assert torch.equal(attribution(-values).normalize("absmax"), -attribution(values).normalize("absmax"))
     found = attribution(values)
     assert torch.equal(found.normalize("none"), values)
     absmax = torch.tensor([[[-0.5, 0.0], [0.25, 1.0]], [[0.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])

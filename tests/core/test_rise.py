@@ -51,6 +51,14 @@ def test_masks_are_p_at_every_pixel_on_average(p: float) -> None:
     torch.testing.assert_close(mean, torch.full((12, 16), p), atol=5 * 0.0035, rtol=0)
 
 
+def test_shifts_are_uniform_over_a_cell() -> None:
+    made = masks(20_000, 7, size=(32, 48))  # cells of 5 x 7
+    for shift, cell in zip(made._shifts, (5, 7), strict=True):
+        counts = torch.bincount(shift, minlength=cell)
+        assert len(counts) == cell
+        assert (counts - 20_000 / cell).abs().max() < 5 * (20_000 / cell) ** 0.5
+
+
 def test_masks_do_not_depend_on_how_they_are_sliced() -> None:
     made = masks(20)
     whole = made[0:20]
@@ -174,7 +182,7 @@ def test_masks_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_half_precision_models_do_not_lose_the_sum() -> None:
-    found = explained(1, constant=3.0, cells=4, dtype=torch.bfloat16).values
+    found = explained(1, constant=3.0, cells=4, dtype=torch.bfloat16, batch_size=2, n_masks=1500).values
     torch.testing.assert_close(found, torch.full_like(found, 3.0), atol=0.3, rtol=0)
 
 
