@@ -91,6 +91,7 @@ def test_importing_the_package_loads_no_ecosystem_and_not_even_torch() -> None:
     assert "torchloupe" in loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", ["tl.load, tl.wrap, tl.explain, tl.open, tl.methods, tl.Handle", "tl.logit(3), tl.errors"]
 )
@@ -112,6 +113,7 @@ def test_explaining_a_module_of_ones_own_loads_what_it_needs_only() -> None:
     assert loaded & {"captum", "sklearn", "skimage", "matplotlib", "lucent", "umap", "timm", "torchvision"} == set()
 
 
+@pytest.mark.slow
 def test_a_result_is_opened_and_segmented_in_a_fresh_interpreter(tmp_path: Path) -> None:
     """Who opens a result need not have asked for it: the methods of results are known then too."""
     x = torch.rand(1, 3, 64, 64)
