@@ -11,11 +11,16 @@ from torchloupe_core import registry
 __all__ = ["METHODS", "SHORT_NAMES"]
 
 _CAM = "torchloupe_core.methods.cam"
+_CAM_MASKS = "torchloupe_core.methods.cam_masks"
 _CAPTUM = "torchloupe_adapters.captum"
 
 METHODS = {
-    ("explain", "cam"): _CAM,
-    ("explain", "grad_cam"): _CAM,
+    **{
+        ("explain", name): _CAM
+        for name in ("cam", "eigen_cam", "grad_cam", "grad_cam++", "hires_cam", "layer_cam", "xgrad_cam")
+    },
+    ("explain", "ablation_cam"): _CAM_MASKS,
+    ("explain", "score_cam"): _CAM_MASKS,
     ("explain", "rise"): "torchloupe_core.methods.rise",
     ("explain", "captum.saliency"): _CAPTUM,
     ("explain", "captum.input_x_gradient"): _CAPTUM,

@@ -20,7 +20,7 @@ from torchloupe_core.layout import to_map
 from torchloupe_core.spec import Spec
 from torchloupe_core.targets import Bound, Reduce, TargetLike, as_targets
 from torchloupe_core.trace import Layer, Trace
-from torchloupe_core.watch import Place, Watch, hooked
+from torchloupe_core.watch import Exchange, Place, Watch, hooked
 
 __all__ = ["Guess", "Handle", "Reading", "unwrapped"]
 
@@ -232,15 +232,23 @@ class Handle:
 
     @contextlib.contextmanager
     def watch(
-        self, *layers: object, through: bool = False, leaf: object = None, shape: Shape | None = None
+        self,
+        *layers: object,
+        through: bool = False,
+        leaf: object = None,
+        shape: Shape | None = None,
+        exchange: Mapping[str, Exchange] | None = None,
     ) -> Iterator[Watch]:
         """Inside: `seen = watch(inputs)` runs one forward pass, `watch["layer4"]` is what that layer gave.
 
         The pass stops after the last layer needed, unless `through`. `leaf` names the layer where the graph begins:
         everything before runs without one, and gradients are taken with respect to `watch[leaf]`. Gradients are off
         unless switched on inside; the model is borrowed meanwhile. shape: the inputs' (C, H, W), if not the model's.
+        exchange: a function for a layer's raw output, whose result the rest of the model gets instead.
         """
-        places = {str(name): Place.parse(str(name)) for name in (*layers, *([leaf] if leaf is not None else []))}
+        exchange = exchange or {}
+        names = (*layers, *exchange, *([leaf] if leaf is not None else []))
+        places = {str(name): Place.parse(str(name)) for name in names}
         found = {text: self.layer(text, shape) for text in places}
         parts = {place.module: self.module.get_submodule(place.module) for place in places.values()}
         watch = Watch(
@@ -250,18 +258,29 @@ class Handle:
             layouts={text: layer.layout for text, layer in found.items()},
             through=through or not places,
             leaf=None if leaf is None else str(leaf),
+            exchange=exchange,
             forward_done=self._count,
         )
         with self.borrow(), hooked(parts, watch.entered, watch.left):
             yield watch
 
-    def read(self, inputs: Tensor, targets: Sequence[Bound], *, reduce: Reduce = "mean") -> Tensor:
-        """The value of each image's target, `[N]`, from one forward pass; differentiable where gradients are on."""
+    def read(
+        self,
+        inputs: Tensor,
+        targets: Sequence[Bound],
+        *,
+        reduce: Reduce = "mean",
+        exchange: Mapping[str, Exchange] | None = None,
+    ) -> Tensor:
+        """The value of each image's target, `[N]`, from one forward pass; differentiable where gradients are on.
+
+        exchange: as in `watch`; it may make several variants of one image, each with its own target.
+        """
         distinct = list(dict.fromkeys(targets))
         layers = dict.fromkeys(name for bound in distinct for name in bound.target.layers)
         through = any(bound.target.reads_output for bound in distinct)
         shape = _shape_of(inputs)
-        with self.watch(*layers, through=through, shape=shape) as watch:
+        with self.watch(*layers, through=through, shape=shape, exchange=exchange) as watch:
             reading = Reading(self, watch, watch(inputs))
             return pick(reading, targets, reduce)
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.layout import Layout, to_map
 
-__all__ = ["Place", "Watch", "first_tensor", "hooked"]
+__all__ = ["Exchange", "Place", "Watch", "first_tensor", "hooked"]
 
 Before = Callable[[str, nn.Module, Any], Any]
 After = Callable[[str, nn.Module, Any], Any]
+Exchange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ class Watch:
         through: bool,
         leaf: str | None,
         layouts: Mapping[str, Layout | None],
+        exchange: Mapping[str, Exchange],
         forward_done: Callable[[int], None],
     ) -> None:
         self._module, self._places, self._calls = module, places, calls
         self._through, self._leaf, self._layouts, self._forward_done = through, leaf, layouts, forward_done
+        self._exchange = exchange
         self._seen: dict[str, Tensor] = {}
         self._count: dict[str, int] = {}
         self._wanted: dict[str, list[str]] = {}
@@ -165,13 +168,21 @@ class Watch:
         tensor = first_tensor(value)
         if tensor is None:
             raise NotApplicable(f"{name!r} gives no tensor but {type(value).__name__}; watch a layer inside it")
-        if self._leaf in texts and (self._places[self._leaf].call or self._calls.get(name, 1)) == call:
+        if self._leaf in texts and self._is_meant(self._leaf, call):
             tensor = tensor.detach().requires_grad_(True)
             torch.set_grad_enabled(True)
+        for text in texts:
+            if text in self._exchange and self._is_meant(text, call):
+                tensor = self._exchange[text](tensor)
         self._seen.update(dict.fromkeys(texts, tensor))
         if not self._through and self._complete(name, call, entering):
             raise _Stop
         return _replaced(value, tensor.clone())
+
+    def _is_meant(self, text: str, call: int) -> bool:
+        """Whether this call is the one a place names; a plain name is the last one."""
+        place = self._places[text]
+        return call == (place.call or self._calls.get(place.module, 1))
 
     def _complete(self, name: str, call: int, entering: bool) -> bool:
         """Whether this was the last sight needed: every place seen, and plain names in their last call."""

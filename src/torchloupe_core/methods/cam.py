@@ -1,6 +1,12 @@
-"""Class activation maps: CAM (Zhou 2016) and Grad-CAM (Selvaraju 2017), raw and signed, at the layer's resolution."""
+"""Class activation maps from one forward pass: CAM, Grad-CAM and its relatives, Eigen-CAM.
+
+Raw and signed, at the layer's resolution: no ReLU, no normalisation, no resizing. On a model with average pooling and a
+linear head Grad-CAM, XGrad-CAM and HiResCAM are CAM divided by the number of positions.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +19,18 @@ from torchloupe_core.registry import method
 from torchloupe_core.targets import Bound
 from torchloupe_core.watch import Place
 
-__all__ = ["cam", "grad_cam"]
+__all__ = [
+    "cam",
+    "eigen_cam",
+    "grad_cam",
+    "grad_cam_plus_plus",
+    "hires_cam",
+    "layer_cam",
+    "layer_gradient",
+    "xgrad_cam",
+]
+
+HEAD = "1 forward + backward of the head"
 
 IDENTITY_TOLERANCE = 1e-3  # relative to the largest logit; float32 sums over 7x7x2048 stay below 1e-5
 
@@ -38,7 +55,7 @@ def cam(query: Query) -> Map:
             features = reading.map(layer)
         _verify(classifier, layer, features, watch[entrance], reading.logits())
         chosen = torch.stack([weights[bound] for bound in part.targets])  # [N, C]
-        maps.append(torch.einsum("nchw,nc->nhw", features, chosen))
+        maps.append(_weighted(chosen, features))
         scores.append(finite(pick(reading, part.targets)))
     return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
 
@@ -47,19 +64,115 @@ def cam(query: Query) -> Map:
     "explain",
     "grad_cam",
     needs=("layer", "gradient"),
-    cost="1 forward + backward of the head",
+    cost=HEAD,
     paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU",
 )
 def grad_cam(query: Query) -> Map:
     """`sum_k mean_hw(d target / d A_k) A_k`. Only what follows the layer is differentiated."""
+    return _from_gradients(query, lambda features, gradients: _weighted(gradients.mean((2, 3)), features))
+
+
+@method(
+    "explain",
+    "grad_cam++",
+    needs=("layer", "gradient"),
+    cost=HEAD,
+    paper="Chattopadhay et al. 2018, Grad-CAM++, eq. 19, of the exponential of the target",
+)
+def grad_cam_plus_plus(query: Query) -> Map:
+    """`sum_k w_k A_k` with `w_k = sum_hw alpha_k relu(g_k)`, `alpha_k = g_k^2 / (2 g_k^2 + g_k^3 sum_hw A_k)`."""
+
+    def combine(features: Tensor, gradients: Tensor) -> Tensor:
+        square = gradients.square()
+        below = 2 * square + square * gradients * features.sum((2, 3), keepdim=True)
+        alpha = torch.where(below != 0, square / below.where(below != 0, 1.0), 0.0)
+        return _weighted((alpha * gradients.relu()).sum((2, 3)), features)
+
+    return _from_gradients(query, combine)
+
+
+@method(
+    "explain",
+    "xgrad_cam",
+    needs=("layer", "gradient"),
+    cost=HEAD,
+    paper="Fu et al. 2020, Axiom-based Grad-CAM, eq. 8",
+)
+def xgrad_cam(query: Query) -> Map:
+    """`sum_k w_k A_k` with `w_k = sum_hw g_k A_k / sum_hw A_k`: the gradient averaged by where the channel is active."""
+
+    def combine(features: Tensor, gradients: Tensor) -> Tensor:
+        total = features.sum((2, 3))
+        share = (gradients * features).sum((2, 3)) / total.where(total != 0, 1.0)
+        return _weighted(share.where(total != 0, 0.0), features)
+
+    return _from_gradients(query, combine)
+
+
+@method(
+    "explain",
+    "hires_cam",
+    needs=("layer", "gradient"),
+    cost=HEAD,
+    paper="Draelos and Carin 2020, Use HiResCAM instead of Grad-CAM, eq. 5",
+)
+def hires_cam(query: Query) -> Map:
+    """`sum_k g_k A_k`: the gradient of each position, not its mean."""
+    return _from_gradients(query, lambda features, gradients: (gradients * features).sum(1))
+
+
+@method(
+    "explain",
+    "layer_cam",
+    needs=("layer", "gradient"),
+    cost=HEAD,
+    paper="Jiang et al. 2021, LayerCAM, eq. 5",
+)
+def layer_cam(query: Query) -> Map:
+    """`sum_k relu(g_k) A_k`; made for layers well before the last one."""
+    return _from_gradients(query, lambda features, gradients: (gradients.relu() * features).sum(1))
+
+
+@method(
+    "explain",
+    "eigen_cam",
+    needs=("layer",),
+    cost="1 forward",
+    paper="Muhammad and Yeasin 2020, Eigen-CAM",
+)
+def eigen_cam(query: Query) -> Map:
+    """The features' projection on their first principal direction. It knows no target: the map is the same for all.
+
+    A direction has no sign; the one is taken along which the features are larger in sum.
+    """
+    layer = query.resolved_layer()
+    maps = []
+    for part in query.parts():
+        with query.handle.watch(layer, shape=query.shape) as watch:
+            watch(part.inputs)
+            features = watch.map(layer).flatten(2).transpose(1, 2)  # [N, h*w, C]
+        exact = features.to(torch.promote_types(features.dtype, torch.float32))
+        _, _, directions = torch.linalg.svd(exact - exact.mean(1, keepdim=True), full_matrices=False)
+        projected = (exact @ directions[:, 0, :, None])[..., 0]  # [N, h*w]
+        projected = projected * torch.where(projected.sum(1, keepdim=True) < 0, -1.0, 1.0)
+        maps.append(projected.unflatten(1, watch.map(layer).shape[2:]))
+    return Map(torch.cat(maps), layer=layer)
+
+
+def _from_gradients(query: Query, combine: Callable[[Tensor, Tensor], Tensor]) -> Map:
+    """The map `combine` makes of a layer's features and the target's gradient there, both `[N, C, h, w]`."""
     layer = query.resolved_layer()
     maps, scores = [], []
     for part in query.parts():
         features, gradients, values = layer_gradient(part, layer)
-        weights = gradients.mean((2, 3))
-        maps.append(torch.einsum("nchw,nc->nhw", features, weights))
+        maps.append(combine(features, gradients))
         scores.append(values)
     return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
+
+
+def _weighted(weights: Tensor, features: Tensor) -> Tensor:
+    """`sum_k w_k A_k` of weights `[N, C]` and features `[N, C, h, w]`."""
+    return torch.einsum("nchw,nc->nhw", features, weights)
 
 
 def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor, Tensor]:
