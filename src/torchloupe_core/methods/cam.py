@@ -99,7 +99,7 @@ def grad_cam_plus_plus(query: Query) -> Map:
     paper="Fu et al. 2020, Axiom-based Grad-CAM, eq. 8",
 )
 def xgrad_cam(query: Query) -> Map:
-    """`sum_k w_k A_k` with `w_k = sum_hw g_k A_k / sum_hw A_k`: the gradient averaged by where the channel is active."""
+    """`sum_k w_k A_k` with `w_k = sum_hw g_k A_k / sum_hw A_k`: the gradient, averaged where the channel is active."""
 
     def combine(features: Tensor, gradients: Tensor) -> Tensor:
         total = features.sum((2, 3))

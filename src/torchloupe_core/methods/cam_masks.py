@@ -34,7 +34,8 @@ def score_cam(query: Query) -> Map:
         part = query.only(index, index + 1)
         features = _features(part, layer)
         scores = []
-        for chosen in features[0].split(query.batch):  # [c, h, w]
+        for first in range(0, features.shape[1], query.batch):
+            chosen = features[0, first : first + query.batch]  # [c, h, w]
             masks = F.interpolate(chosen[None], query.size, mode="bilinear", align_corners=False)[0]
             low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
             varied = high - low > FLAT * high.abs().maximum(low.abs())  # else there is but rounding to stretch
