@@ -29,7 +29,7 @@ __all__ = ["METHODS", "Scores", "baseline_maps", "score_maps", "write_demo"]
 METHODS: dict[str, dict[str, Any]] = {
     "grad_cam": {},
     "saliency": {},
-    "integrated_gradients": {},
+    "integrated_gradients": {"steps": 16},
     "guided_backprop": {},
     "occlusion": {"window": 12, "stride": 8},
     "rise": {"n_masks": 200},
@@ -50,7 +50,7 @@ class Scores:
     milliseconds: float
 
 
-def write_demo(out: Path, *, seed: int = 0, count: int = 60, progress: bool | None = None) -> Path:
+def write_demo(out: Path, *, seed: int = 0, count: int = 48, progress: bool | None = None) -> Path:
     """Explains `count` fresh scenes by six methods, finds a planted backdoor, and writes `out/index.html`.
 
     Raises `StoreError` if nothing can be written there, before any work.
