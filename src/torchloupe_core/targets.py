@@ -119,7 +119,13 @@ class Unit:
         return text
 
     def bound(self, model: Subject) -> Unit:
-        found = model.layer(self.layer)
+        try:
+            found = model.layer(self.layer)
+        except UnknownName as error:
+            if self.layer.isdecimal() or self.layer in (model.classes or ()):
+                label = int(self.layer) if self.layer.isdecimal() else self.layer
+                raise UnknownName(f"{error}; a class is asked about as {logit(label)}") from None
+            raise
         if found.layout is None:
             raise NotApplicable(f"layer {self.layer!r} ({found.kind}) gives no map of channels, so it has no units")
         if self.channel is not None and self.channel >= found.layout.channels:

@@ -425,3 +425,11 @@ def test_margin_of_a_single_output_is_refused() -> None:
     one = Handle(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), Spec(input_size=(3, 2, 2)))
     with pytest.raises(NotApplicable, match="use logit:0"):
         one.score(torch.ones(1, 3, 2, 2), "margin:0")
+
+
+@pytest.mark.parametrize(("text", "hint"), [("dog", "logit:dog"), ("207", "logit:207")])
+def test_a_class_without_logit_is_told_how_to_ask(text: str, hint: str) -> None:
+    spec = Spec(input_size=(3, 2, 2), classes=("cat", "dog", "2"))
+    model = Handle(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), spec)
+    with pytest.raises(UnknownName, match=f"no layer '{text}'.*a class is asked about as {hint}$"):
+        model.bind(text, torch.zeros(1, 3, 2, 2))

@@ -15,6 +15,9 @@ from torchloupe_core.registry import method
 
 __all__ = ["ablation_cam", "score_cam"]
 
+FLAT = 1e-5  # of a map's largest value: a smaller range is rounding
+MOST_VARIANTS = 512
+
 
 @method(
     "explain",
@@ -64,12 +67,13 @@ def ablation_cam(query: Query) -> Map:
     layout = query.handle.layer(layer, query.shape).layout
     if layout is None:
         raise NotApplicable(f"layer {layer!r} gives no map of channels")
+    chunk = _chunk(query, layout)
     maps, scores, done = [], [], 0
     for index in range(len(query.inputs)):
         part = query.only(index, index + 1)
         features, value, fallen = _features(part, layer), part.score(part.inputs), []
-        for first in range(0, layout.channels, CHUNK):
-            channels = torch.arange(first, min(first + CHUNK, layout.channels), device=features.device)
+        for first in range(0, layout.channels, chunk):
+            channels = torch.arange(first, min(first + chunk, layout.channels), device=features.device)
             fallen.append(value - _without(part, layer, layout, channels))
             done += len(channels)
             query.progress(done, layout.channels * len(query.inputs))
@@ -79,8 +83,13 @@ def ablation_cam(query: Query) -> Map:
     return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
 
 
-CHUNK = 128  # channels that share a pass through the trunk
-FLAT = 1e-5
+def _chunk(query: Query, layout: Layout) -> int:
+    """How many channels share a pass through the trunk: more where few positions are left for the head to hold.
+
+    At a sixteenth of the image's positions, the first stage of a residual network, the head is nearly the whole model.
+    """
+    shrunk = query.size[0] * query.size[1] // (16 * layout.grid[0] * layout.grid[1])
+    return min(MOST_VARIANTS, query.batch * max(1, shrunk))
 
 
 def _features(query: Query, layer: str) -> Tensor:
