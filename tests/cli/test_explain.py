@@ -453,7 +453,14 @@ def started(photos: Path, out: Path) -> subprocess.Popen[str]:
     arguments = [*COMMAND, "explain", str(photos), "--no-pretrained", "--out", str(out)]
     source = [str(Path(__file__).parents[2] / name) for name in ("src", "adapters", "recipes")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(source)}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit a deaf ear
+    )
 
 
 # -- other models -----------------------------------------------------------------------------------------------------
