@@ -50,7 +50,7 @@ class Scores:
     milliseconds: float
 
 
-def write_demo(out: Path, *, seed: int = 0, count: int = 48, progress: bool | None = None) -> Path:
+def write_demo(out: Path, *, seed: int = 0, count: int = 100, progress: bool | None = None) -> Path:
     """Explains `count` fresh scenes by six methods, finds a planted backdoor, and writes `out/index.html`.
 
     Raises `StoreError` if nothing can be written there, before any work.
