@@ -1,33 +1,18 @@
-"""Running the command in this process, and folders of pictures for it."""
+"""The command, and folders of pictures for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command import Run, invoke, picture
 from PIL import Image
-
-from torchloupe.cli import main
-
-Run = Callable[..., Result]
-
-
-def invoke(*arguments: object) -> Result:
-    """`torchloupe ARGUMENTS`; an exception that would be a traceback fails the test."""
-    return CliRunner().invoke(main, [str(one) for one in arguments], catch_exceptions=False)
 
 
 @pytest.fixture(scope="session")
 def run() -> Run:
     return invoke
-
-
-def picture(seed: int, width: int = 48, height: int = 32) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
 
 
 @pytest.fixture

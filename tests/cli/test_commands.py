@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Run
+from command import Run
 
 import torchloupe as tl
 from torchloupe import __version__

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from command import Run, picture
 from PIL import Image
 
 import torchloupe as tl
-from conftest import Run, picture
 from torchloupe import _folder
 from torchloupe_adapters.demo.model import SceneNet
 from torchloupe_core import images
