@@ -77,7 +77,7 @@ def grad_cam(query: Query) -> Map:
     "grad_cam++",
     needs=("layer", "gradient"),
     cost=HEAD,
-    paper="Chattopadhay et al. 2018, Grad-CAM++, eq. 19, of the exponential of the target",
+    paper="Chattopadhay et al. 2018, Grad-CAM++, of the exponential of the target",
 )
 def grad_cam_plus_plus(query: Query) -> Map:
     """`sum_k w_k A_k` with `w_k = sum_hw alpha_k relu(g_k)`, `alpha_k = g_k^2 / (2 g_k^2 + g_k^3 sum_hw A_k)`."""
@@ -96,7 +96,7 @@ def grad_cam_plus_plus(query: Query) -> Map:
     "xgrad_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
-    paper="Fu et al. 2020, Axiom-based Grad-CAM, eq. 8",
+    paper="Fu et al. 2020, Axiom-based Grad-CAM",
 )
 def xgrad_cam(query: Query) -> Map:
     """`sum_k w_k A_k` with `w_k = sum_hw g_k A_k / sum_hw A_k`: the gradient, averaged where the channel is active."""
@@ -114,7 +114,7 @@ def xgrad_cam(query: Query) -> Map:
     "hires_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
-    paper="Draelos and Carin 2020, Use HiResCAM instead of Grad-CAM, eq. 5",
+    paper="Draelos and Carin 2020, Use HiResCAM instead of Grad-CAM",
 )
 def hires_cam(query: Query) -> Map:
     """`sum_k g_k A_k`: the gradient of each position, not its mean."""
@@ -126,7 +126,7 @@ def hires_cam(query: Query) -> Map:
     "layer_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
-    paper="Jiang et al. 2021, LayerCAM, eq. 5",
+    paper="Jiang et al. 2021, LayerCAM",
 )
 def layer_cam(query: Query) -> Map:
     """`sum_k relu(g_k) A_k`; made for layers well before the last one."""

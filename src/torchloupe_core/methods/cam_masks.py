@@ -24,7 +24,7 @@ MOST_VARIANTS = 512
     "score_cam",
     needs=("layer",),
     cost="1 forward for each channel",
-    paper="Wang et al. 2020, Score-CAM, eq. 6 and 7, before the ReLU",
+    paper="Wang et al. 2020, Score-CAM, before the ReLU",
 )
 def score_cam(query: Query) -> Map:
     """`sum_k w_k A_k` where `w` is the softmax over channels of the target's value on the image masked by channel k.
@@ -56,7 +56,7 @@ def score_cam(query: Query) -> Map:
     "ablation_cam",
     needs=("layer",),
     cost="1 forward + 1 of what follows the layer for each channel",
-    paper="Desai and Ramaswamy 2020, Ablation-CAM, eq. 4, before the ReLU",
+    paper="Desai and Ramaswamy 2020, Ablation-CAM, before the ReLU",
 )
 def ablation_cam(query: Query) -> Map:
     """`sum_k w_k A_k` with `w_k = (y - y_k) / |y|`, where `y_k` is the target's value with channel k set to zero.

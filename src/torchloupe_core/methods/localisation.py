@@ -25,7 +25,7 @@ def pointing_hit(maps: Tensor, masks: Tensor, *, tolerance: int = 0) -> Tensor:
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
-    """`[N]` in [0, 1]: the share of the positive values inside the mask (energy pointing game, Wang 2020, eq. 3).
+    """`[N]` in [0, 1]: the share of the positive values inside the mask (energy pointing game, Wang 2020).
 
     A map without positive values gives 0.
     """
