@@ -15,12 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchloupe import checks
+    from torchloupe import checks, errors
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
     from torchloupe._tables import methods
     from torchloupe_adapters.demo.scenes import demo_scenes
-    from torchloupe_core import errors
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
     from torchloupe_core.results import Attribution
@@ -74,7 +73,7 @@ _HOMES = {
     "Spec": "torchloupe_core.spec",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
-    "errors": "torchloupe_core.errors:",
+    "errors": "torchloupe.errors:",
     "explain": "torchloupe._explain",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",

@@ -139,3 +139,15 @@ def test_the_table_of_methods_prints() -> None:
     assert html.count("<tr>") == len(table) + 1
     assert {entry.verb for entry in tl.methods("explain")} == {"explain"}
     assert list(tl.methods("nonsense")) == []
+
+
+def test_errors_are_a_module_of_the_front_door() -> None:
+    """`from torchloupe.errors import BadTarget` is how users catch them, and it is the same class."""
+    import torchloupe.errors as front
+    from torchloupe_core import errors as core
+
+    assert tl.errors is front
+    assert set(front.__all__) == set(core.__all__)
+    for name in front.__all__:
+        assert getattr(front, name) is getattr(core, name)
+        assert issubclass(getattr(front, name), front.LoupeError)
