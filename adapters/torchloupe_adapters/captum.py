@@ -35,11 +35,13 @@ LIME_KERNEL_WIDTH = 0.25  # of the cosine distance, as in marcotcr/lime's image 
 def saliency(query: Query) -> Map:
     """The largest magnitude of the gradient over the channels; `per_channel` holds the gradient itself."""
 
+    scores: list[Tensor] = []
+
     def attribute(part: Query) -> Tensor:
-        return _tensor(_attr().Saliency(_differentiable(part)).attribute(**_asked(part), abs=False))
+        return _tensor(_attr().Saliency(_differentiable(part, scores)).attribute(**_asked(part), abs=False))
 
     gradient = _by_parts(query, attribute)
-    return Map(gradient.abs().amax(1), gradient)
+    return Map(gradient.abs().amax(1), gradient, scores=torch.cat(scores))
 
 
 @method(
@@ -52,11 +54,13 @@ def saliency(query: Query) -> Map:
 def input_x_gradient(query: Query) -> Map:
     """The gradient times the input, summed over channels."""
 
+    scores: list[Tensor] = []
+
     def attribute(part: Query) -> Tensor:
-        return _tensor(_attr().InputXGradient(_differentiable(part)).attribute(**_asked(part)))
+        return _tensor(_attr().InputXGradient(_differentiable(part, scores)).attribute(**_asked(part)))
 
     product = _by_parts(query, attribute)
-    return Map(product.sum(1), product)
+    return Map(product.sum(1), product, scores=torch.cat(scores))
 
 
 @method(
@@ -76,6 +80,7 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
         raise BadInput(f"integrated_gradients needs at least 1 step; got {steps}")
     start = _baseline(query, baseline)
     gaps: list[float] = []
+    scores: list[Tensor] = []
 
     def attribute(part: Query) -> Tensor:
         begin = start.expand(len(part.inputs), -1, -1, -1)
@@ -89,12 +94,13 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
                 internal_batch_size=max(part.batch, len(part.inputs)),
             )
         )
-        gap = part.score(part.inputs) - part.score(begin) - found.flatten(1).sum(1)
+        scores.append(part.score(part.inputs))
+        gap = scores[-1] - part.score(begin) - found.flatten(1).sum(1)
         gaps.extend(gap.tolist())
         return found
 
     shares = _by_parts(query, attribute)
-    return Map(shares.sum(1), shares, diagnostics={"completeness_gap": gaps})
+    return Map(shares.sum(1), shares, scores=torch.cat(scores), diagnostics={"completeness_gap": gaps})
 
 
 @method(
@@ -117,14 +123,15 @@ def guided_backprop(query: Query) -> Map:
     for part in query.handle.module.modules():
         if isinstance(part, nn.ReLU):
             part.inplace = False  # in-place output is a view to autograd's module hooks, which they may not change
+    scores: list[Tensor] = []
 
     def attribute(part: Query) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
-            return _tensor(_attr().GuidedBackprop(_Scored(part)).attribute(**_asked(part)))
+            return _tensor(_attr().GuidedBackprop(_Scored(part, scores)).attribute(**_asked(part)))
 
     guided = _by_parts(query, attribute)
-    return Map(guided.abs().amax(1), guided)
+    return Map(guided.abs().amax(1), guided, scores=torch.cat(scores))
 
 
 @method(
@@ -247,8 +254,8 @@ def _by_parts(query: Query, attribute: Callable[[Query], Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def _differentiable(part: Query) -> Callable[[Tensor, Tensor], Tensor]:
-    """The target's values, refused where no gradient leads from them to the input."""
+def _differentiable(part: Query, kept: list[Tensor] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The target's values, refused where no gradient leads from them to the input; noted in `kept` as they come."""
 
     def scored(inputs: Tensor, images: Tensor) -> Tensor:
         values = part.score(inputs, images)
@@ -256,6 +263,8 @@ def _differentiable(part: Query) -> Callable[[Tensor, Tensor], Tensor]:
             raise NotApplicable(
                 "the target has no gradient with respect to the input; rise, occlusion and lime need none"
             )
+        if kept is not None:
+            kept.append(values.detach())
         return values
 
     return scored
@@ -264,12 +273,13 @@ def _differentiable(part: Query) -> Callable[[Tensor, Tensor], Tensor]:
 class _Scored(nn.Module):
     """The model with the target as its output, for methods of Captum that want a module."""
 
-    def __init__(self, query: Query) -> None:
+    def __init__(self, query: Query, kept: list[Tensor]) -> None:
         super().__init__()
+        self.kept = kept
         self.model, self.query = query.handle.module, query
 
     def forward(self, inputs: Tensor, images: Tensor) -> Tensor:
-        return _differentiable(self.query)(inputs, images)
+        return _differentiable(self.query, self.kept)(inputs, images)
 
 
 def _require_relu_modules(query: Query) -> None:

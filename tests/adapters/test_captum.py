@@ -404,3 +404,13 @@ def test_the_input_stays_the_callers(net: Handle) -> None:
         assert not mine.requires_grad
         assert mine.grad is None
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.module.parameters())
+
+
+@pytest.mark.parametrize("method", ["saliency", "input_x_gradient", "guided_backprop", "grad_cam", "cam", "eigen_cam"])
+def test_one_forward_answers_a_stated_target(method: str) -> None:
+    """Where CAM applies; the score in the result comes from the same pass."""
+    model = tl.load("demo")
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = tl.explain(model, x, target="logit:car", method=method)
+    assert found.forwards == 3
+    torch.testing.assert_close(found.scores, model.score(x, "logit:car"), atol=1e-5, rtol=1e-5)

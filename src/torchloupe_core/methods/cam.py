@@ -146,17 +146,19 @@ def eigen_cam(query: Query) -> Map:
     A direction has no sign; the one is taken along which the features are larger in sum.
     """
     layer = query.resolved_layer()
-    maps = []
+    names = dict.fromkeys(name for bound in query.targets for name in bound.target.layers)
+    maps, scores = [], []
     for part in query.parts():
-        with query.handle.watch(layer, shape=query.shape) as watch:
-            watch(part.inputs)
+        with query.handle.watch(layer, *names, through=True, shape=query.shape) as watch:
+            reading = Reading(query.handle, watch, watch(part.inputs))
             features = watch.map(layer).flatten(2).transpose(1, 2)  # [N, h*w, C]
+            scores.append(finite(pick(reading, part.targets)))
         exact = features.to(torch.promote_types(features.dtype, torch.float32))
         _, _, directions = torch.linalg.svd(exact - exact.mean(1, keepdim=True), full_matrices=False)
         projected = (exact @ directions[:, 0, :, None])[..., 0]  # [N, h*w]
         projected = projected * torch.where(projected.sum(1, keepdim=True) < 0, -1.0, 1.0)
         maps.append(projected.unflatten(1, watch.map(layer).shape[2:]))
-    return Map(torch.cat(maps), layer=layer)
+    return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
 
 
 def _from_gradients(query: Query, combine: Callable[[Tensor, Tensor], Tensor]) -> Map:
