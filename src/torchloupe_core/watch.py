@@ -115,6 +115,7 @@ class Watch:
         self._through, self._leaf, self._layouts, self._forward_done = through, leaf, layouts, forward_done
         self._exchange = exchange
         self._seen: dict[str, Tensor] = {}
+        self._seen_in: dict[str, int] = {}  # the call of its module that a place was last seen in
         self._count: dict[str, int] = {}
         self._wanted: dict[str, list[str]] = {}
         for text, place in places.items():
@@ -122,6 +123,7 @@ class Watch:
 
     def __call__(self, inputs: Tensor) -> Any:
         self._seen.clear()
+        self._seen_in.clear()
         self._count.clear()
         grad = torch.is_grad_enabled()
         try:
@@ -175,7 +177,8 @@ class Watch:
             if text in self._exchange and self._is_meant(text, call):
                 tensor = self._exchange[text](tensor)
         self._seen.update(dict.fromkeys(texts, tensor))
-        if not self._through and self._complete(name, call, entering):
+        self._seen_in.update(dict.fromkeys(texts, call))
+        if not self._through and self._complete():
             raise _Stop
         return _replaced(value, tensor.clone())
 
@@ -184,13 +187,11 @@ class Watch:
         place = self._places[text]
         return call == (place.call or self._calls.get(place.module, 1))
 
-    def _complete(self, name: str, call: int, entering: bool) -> bool:
-        """Whether this was the last sight needed: every place seen, and plain names in their last call."""
-        if len(self._seen) < len(self._places):
-            return False
+    def _complete(self) -> bool:
+        """Whether this was the last sight needed: every place seen, in the call it names."""
         return all(
-            place.call is not None or self._count[place.module] >= self._calls.get(place.module, 1)
-            for place in self._places.values()
+            self._seen_in.get(text, 0) >= (place.call or self._calls.get(place.module, 1))
+            for text, place in self._places.items()
         )
 
 

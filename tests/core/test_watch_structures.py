@@ -176,3 +176,28 @@ def test_wrapped_models_are_watched_like_plain_ones(wrapper: str, used: str) -> 
     assert before.differences() == []
     with torch.no_grad():
         assert torch.allclose(wrapped(inputs), handle.module(inputs), atol=1e-6)
+
+
+def test_the_last_call_is_waited_for_to_its_end() -> None:
+    """Its input, or a module inside it, is seen in that call before its output is."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+            self.after = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.after(self.block(self.block(x))).mean((2, 3))
+            return logits
+
+    model = tl.wrap(Twice(), input_size=(3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        once = model.module.block(x)
+        inner, twice = model.module.block[0](once), model.module.block(once)
+    for earlier, expected in (("block.in", once), ("block.0", inner)):
+        with model.watch("block", earlier) as watch:
+            assert watch(x) is None
+            torch.testing.assert_close(watch["block"], twice)
+            torch.testing.assert_close(watch[earlier], expected)
