@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ LIME_KERNEL_WIDTH = 0.25  # of the cosine distance, as in marcotcr/lime's image 
 def saliency(query: Query) -> Map:
     """The largest magnitude of the gradient over the channels; `per_channel` holds the gradient itself."""
 
-    scores: list[Tensor] = []
+    def answer(part: Query) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+        gradient = _attr().Saliency(_differentiable(part, kept)).attribute(**_asked(part), abs=False)
+        return _tensor(gradient), torch.cat(kept)
 
-    def attribute(part: Query) -> Tensor:
-        return _tensor(_attr().Saliency(_differentiable(part, scores)).attribute(**_asked(part), abs=False))
-
-    gradient = _by_parts(query, attribute)
-    return Map(gradient.abs().amax(1), gradient, scores=torch.cat(scores))
+    gradient, scores = _joined(query.each(answer))
+    return Map(gradient.abs().amax(1), gradient, scores=scores)
 
 
 @method(
@@ -54,13 +54,13 @@ def saliency(query: Query) -> Map:
 def input_x_gradient(query: Query) -> Map:
     """The gradient times the input, summed over channels."""
 
-    scores: list[Tensor] = []
+    def answer(part: Query) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+        product = _attr().InputXGradient(_differentiable(part, kept)).attribute(**_asked(part))
+        return _tensor(product), torch.cat(kept)
 
-    def attribute(part: Query) -> Tensor:
-        return _tensor(_attr().InputXGradient(_differentiable(part, scores)).attribute(**_asked(part)))
-
-    product = _by_parts(query, attribute)
-    return Map(product.sum(1), product, scores=torch.cat(scores))
+    product, scores = _joined(query.each(answer))
+    return Map(product.sum(1), product, scores=scores)
 
 
 @method(
@@ -79,12 +79,10 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
     if steps < 1:
         raise BadInput(f"integrated_gradients needs at least 1 step; got {steps}")
     start = _baseline(query, baseline)
-    gaps: list[float] = []
-    scores: list[Tensor] = []
 
-    def attribute(part: Query) -> Tensor:
+    def answer(part: Query) -> tuple[Tensor, Tensor, Tensor]:
         begin = start.expand(len(part.inputs), -1, -1, -1)
-        found = _tensor(
+        shares = _tensor(
             _attr()
             .IntegratedGradients(_differentiable(part))
             .attribute(
@@ -94,13 +92,11 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
                 internal_batch_size=max(part.batch, len(part.inputs)),
             )
         )
-        scores.append(part.score(part.inputs))
-        gap = scores[-1] - part.score(begin) - found.flatten(1).sum(1)
-        gaps.extend(gap.tolist())
-        return found
+        scores = part.score(part.inputs)
+        return shares, scores, scores - part.score(begin) - shares.flatten(1).sum(1)
 
-    shares = _by_parts(query, attribute)
-    return Map(shares.sum(1), shares, scores=torch.cat(scores), diagnostics={"completeness_gap": gaps})
+    shares, scores, gaps = _joined(query.each(answer))
+    return Map(shares.sum(1), shares, scores=scores, diagnostics={"completeness_gap": gaps.tolist()})
 
 
 @method(
@@ -123,15 +119,16 @@ def guided_backprop(query: Query) -> Map:
     for part in query.handle.module.modules():
         if isinstance(part, nn.ReLU):
             part.inplace = False  # in-place output is a view to autograd's module hooks, which they may not change
-    scores: list[Tensor] = []
 
-    def attribute(part: Query) -> Tensor:
+    def answer(part: Query) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
-            return _tensor(_attr().GuidedBackprop(_Scored(part, scores)).attribute(**_asked(part)))
+            guided = _attr().GuidedBackprop(_Scored(part, kept)).attribute(**_asked(part))
+        return _tensor(guided), torch.cat(kept)
 
-    guided = _by_parts(query, attribute)
-    return Map(guided.abs().amax(1), guided, scores=torch.cat(scores))
+    guided, scores = _joined(query.each(answer))
+    return Map(guided.abs().amax(1), guided, scores=scores)
 
 
 @method(
@@ -154,7 +151,7 @@ def occlusion(
         raise BadInput(f"occlusion needs 1 <= stride <= window <= {shorter}; got window {window}, stride {stride}")
     channels, start = query.shape[0], _baseline(query, baseline)
 
-    def attribute(part: Query) -> Tensor:
+    def answer(part: Query) -> Tensor:
         return _tensor(
             _attr()
             .Occlusion(part.score)
@@ -167,7 +164,7 @@ def occlusion(
             )
         )
 
-    return Map(_by_parts(query, attribute)[:, 0])  # a window covers all channels, so they share one value
+    return Map(torch.cat(query.each(answer))[:, 0])  # a window covers all channels, so they share one value
 
 
 @method(
@@ -245,13 +242,9 @@ def _baseline(query: Query, baseline: Tensor | float | None) -> Tensor:
         raise BadInput(f"baseline is a number or [C, H, W] = {list(query.shape)}; got {list(filling.shape)}") from None
 
 
-def _by_parts(query: Query, attribute: Callable[[Query], Tensor]) -> Tensor:
-    done, found = 0, []
-    for part in query.parts():
-        found.append(attribute(part))
-        done += len(part.inputs)
-        query.progress(done, len(query.inputs))
-    return torch.cat(found)
+def _joined(answers: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What one batch after another gave, put together."""
+    return tuple(map(torch.cat, zip(*answers, strict=True)))
 
 
 def _differentiable(part: Query, kept: list[Tensor] | None = None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def explain(
         found = way.run(query, **options)
         scores = found.scores
         if scores is None:
-            scores = torch.cat([part.score(part.inputs) for part in query.parts()])
+            scores = torch.cat(replace(query, progress=_unheard).each(lambda part: part.score(part.inputs)))
     values = found.values.detach().float().cpu()
     if not values.isfinite().all():
         raise BadInput(f"{way.name} gave NaN or infinity; the model's gradients or activations are not finite here")
@@ -90,6 +91,10 @@ def _predicted(handle: Handle, inputs: torch.Tensor) -> list[Target]:
     best = [guesses[0] for guesses in handle.predict(inputs, k=1)]
     names = handle.classes or ()
     return [logit(guess.name if names.count(guess.name) == 1 else guess.index) for guess in best]
+
+
+def _unheard(done: int, total: int) -> None:
+    """Progress of a step too short to report."""
 
 
 def _texts(targets: Sequence[Target]) -> str | tuple[str, ...]:

@@ -17,6 +17,7 @@ from torchloupe_core import trace as tracing
 from torchloupe_core.borrow import borrowed
 from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
 from torchloupe_core.layout import to_map
+from torchloupe_core.pace import Pace
 from torchloupe_core.spec import Spec
 from torchloupe_core.targets import Bound, Reduce, TargetLike, as_targets
 from torchloupe_core.trace import Layer, Trace
@@ -167,6 +168,14 @@ class Handle:
         found: Trace = self._kept[key]
         return found
 
+    def pace(self, shape: Shape) -> Pace:
+        """The batch size found for inputs of this shape, kept beside the module."""
+        key = ("pace", shape, self.device, self.dtype)
+        if key not in self._kept:
+            self._kept[key] = Pace.beginning(*shape[1:])
+        pace: Pace = self._kept[key]
+        return pace
+
     def _key(self, shape: Shape) -> tuple[object, ...]:
         """Changes when layers are added, exchanged or removed, or other facts are stated about them."""
         structure = hash(tuple((name, id(part)) for name, part in self.module.named_modules()))
@@ -259,6 +268,7 @@ class Handle:
             through=through or not places,
             leaf=None if leaf is None else str(leaf),
             exchange=exchange,
+            unread=set(exchange) - set(map(str, (*layers, leaf))),
             forward_done=self._count,
         )
         with self.borrow(), hooked(parts, watch.entered, watch.left):

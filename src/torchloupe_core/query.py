@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape, pick
+from torchloupe_core.pace import Pace, out_of_memory
 from torchloupe_core.targets import Bound
 
 __all__ = ["Map", "Query", "finite"]
 
-LEAST_BATCH, MOST_BATCH, BATCH_PIXELS = 8, 64, 8 * 224 * 224  # at 224 pixels larger batches lose on a CPU
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,6 +50,13 @@ class Query:
     layer: str | None = None
     batch_size: int | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    pace: Pace = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            self.pace = Pace(self.batch_size, settled=True)
+        else:
+            self.pace = self.handle.pace(self.shape)
 
     @property
     def shape(self) -> Shape:
@@ -61,20 +71,25 @@ class Query:
     @property
     def batch(self) -> int:
         """How many images go through the model at once."""
-        fitting = BATCH_PIXELS // (self.size[0] * self.size[1])
-        return self.batch_size or max(LEAST_BATCH, min(MOST_BATCH, fitting))
+        return self.pace.size
 
     def generator(self) -> torch.Generator:
         """A fresh random source on the CPU, the same for the same seed."""
         return torch.Generator().manual_seed(self.seed)
 
-    def parts(self) -> Iterator[Query]:
-        """This query in batches."""
-        return (self.only(start, start + self.batch) for start in range(0, len(self.inputs), self.batch))
+    def each(self, answer: Callable[[Query], T]) -> list[T]:
+        """What `answer` says of this query, batch by batch."""
+        answers: list[T] = []
+        for _, done, one in self.pace.run(len(self.inputs), lambda start, stop: answer(self.only(start, stop))):
+            answers.append(one)
+            self.progress(done, len(self.inputs))
+        return answers
 
     def only(self, start: int, stop: int) -> Query:
         """The query about some of the images."""
-        return replace(self, inputs=self.inputs[start:stop], targets=self.targets[start:stop])
+        part = copy.copy(self)
+        part.inputs, part.targets = self.inputs[start:stop], self.targets[start:stop]
+        return part
 
     def score(self, inputs: Tensor, images: Tensor | Sequence[int] | None = None) -> Tensor:
         """Each input's target, `[n]`, from one forward pass; differentiable where gradients are on.
@@ -82,8 +97,19 @@ class Query:
         images: for each input the index of the image it is a variant of; without it `inputs` are all images in order.
         """
         chosen = range(len(self.targets)) if images is None else torch.as_tensor(images).tolist()
-        values = self.handle.read(inputs, [self.targets[index] for index in chosen])
-        return finite(values)
+        return finite(self._read(inputs, [self.targets[index] for index in chosen]))
+
+    def _read(self, inputs: Tensor, targets: Sequence[Bound]) -> Tensor:
+        """The targets' values; without a graph to hold together, in halves if the memory does not suffice."""
+        try:
+            return self.handle.read(inputs, targets)
+        except (RuntimeError, MemoryError) as error:
+            if torch.is_grad_enabled() or len(inputs) == 1 or not out_of_memory(error):
+                raise
+        while self.pace.size >= len(inputs):  # out of the except clause, whose traceback holds on to tensors
+            self.pace.halve()
+        half = len(inputs) // 2
+        return torch.cat([self._read(inputs[:half], targets[:half]), self._read(inputs[half:], targets[half:])])
 
     def resolved_layer(self) -> str:
         """The layer asked for, or the default: the last spatial one that the target depends on."""

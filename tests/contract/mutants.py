@@ -38,13 +38,14 @@ def mutant(
 
 def gradients(query: Query) -> Tensor:
     """What an honest method computes: input times gradient, `[N, C, H, W]`."""
-    found = []
-    for part in query.parts():
+
+    def product(part: Query) -> Tensor:
         inputs = part.inputs.detach().requires_grad_(True)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(part.score(inputs).sum(), inputs)
-        found.append(gradient * part.inputs)
-    return torch.cat(found)
+        return gradient * part.inputs
+
+    return torch.cat(query.each(product))
 
 
 def honest(query: Query) -> Map:
@@ -124,7 +125,7 @@ def does_not_say_that_it_is_random(query: Query) -> Map:
 
 @mutant("batch_size", "batch_size=1 gives another result")
 def depends_on_how_batches_are_cut(query: Query) -> Map:
-    parts = [gradients(part).sum(1) for part in query.parts()]
+    parts = query.each(lambda part: gradients(part).sum(1))
     return Map(torch.cat([part / part.abs().max() for part in parts]))
 
 

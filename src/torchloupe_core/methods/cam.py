@@ -6,7 +6,7 @@ linear head Grad-CAM, XGrad-CAM and HiResCAM are CAM divided by the number of po
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,16 +48,16 @@ def cam(query: Query) -> Map:
     classifier = _classifier(query, entrance)
     weights = {bound: _weights(bound, classifier) for bound in query.targets}
     layer = query.resolved_layer()
-    maps, scores = [], []
-    for part in query.parts():
+
+    def answer(part: Query) -> tuple[Tensor, Tensor]:
         with query.handle.watch(layer, entrance, through=True, shape=query.shape) as watch:
             reading = Reading(query.handle, watch, watch(part.inputs))
             features = reading.map(layer)
         _verify(classifier, layer, features, watch[entrance], reading.logits())
         chosen = torch.stack([weights[bound] for bound in part.targets])  # [N, C]
-        maps.append(_weighted(chosen, features))
-        scores.append(finite(pick(reading, part.targets)))
-    return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
+        return _weighted(chosen, features), finite(pick(reading, part.targets))
+
+    return _joined(query.each(answer), layer)
 
 
 @method(
@@ -147,28 +147,35 @@ def eigen_cam(query: Query) -> Map:
     """
     layer = query.resolved_layer()
     names = dict.fromkeys(name for bound in query.targets for name in bound.target.layers)
-    maps, scores = [], []
-    for part in query.parts():
+
+    def answer(part: Query) -> tuple[Tensor, Tensor]:
         with query.handle.watch(layer, *names, through=True, shape=query.shape) as watch:
             reading = Reading(query.handle, watch, watch(part.inputs))
             features = watch.map(layer).flatten(2).transpose(1, 2)  # [N, h*w, C]
-            scores.append(finite(pick(reading, part.targets)))
+            scores = finite(pick(reading, part.targets))
         exact = features.to(torch.promote_types(features.dtype, torch.float32))
         _, _, directions = torch.linalg.svd(exact - exact.mean(1, keepdim=True), full_matrices=False)
         projected = (exact @ directions[:, 0, :, None])[..., 0]  # [N, h*w]
         projected = projected * torch.where(projected.sum(1, keepdim=True) < 0, -1.0, 1.0)
-        maps.append(projected.unflatten(1, watch.map(layer).shape[2:]))
-    return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
+        return projected.unflatten(1, watch.map(layer).shape[2:]), scores
+
+    return _joined(query.each(answer), layer)
 
 
 def _from_gradients(query: Query, combine: Callable[[Tensor, Tensor], Tensor]) -> Map:
     """The map `combine` makes of a layer's features and the target's gradient there, both `[N, C, h, w]`."""
     layer = query.resolved_layer()
-    maps, scores = [], []
-    for part in query.parts():
-        features, gradients, values = layer_gradient(part, layer)
-        maps.append(combine(features, gradients))
-        scores.append(values)
+
+    def answer(part: Query) -> tuple[Tensor, Tensor]:
+        features, gradients, scores = layer_gradient(part, layer)
+        return combine(features, gradients), scores
+
+    return _joined(query.each(answer), layer)
+
+
+def _joined(answers: Sequence[tuple[Tensor, Tensor]], layer: str) -> Map:
+    """The maps and scores of one batch after another."""
+    maps, scores = zip(*answers, strict=True)
     return Map(torch.cat(maps), layer=layer, scores=torch.cat(scores))
 
 
