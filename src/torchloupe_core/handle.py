@@ -172,7 +172,7 @@ class Handle:
         """The batch size found for inputs of this shape, kept beside the module."""
         key = ("pace", shape, self.device, self.dtype)
         if key not in self._kept:
-            self._kept[key] = Pace.beginning(*shape[1:])
+            self._kept[key] = Pace.beginning(*shape[1:], self.device)
         pace: Pace = self._kept[key]
         return pace
 

@@ -25,13 +25,14 @@ class Pace:
     found for the next time. A size given by the user stays, unless memory ends.
     """
 
-    def __init__(self, size: int, *, settled: bool = False) -> None:
-        self.size, self.settled = size, settled
+    def __init__(self, size: int, *, most: int = 1, settled: bool = False) -> None:
+        self.size, self.most, self.settled = size, most, settled
 
     @classmethod
-    def beginning(cls, height: int, width: int) -> Pace:
+    def beginning(cls, height: int, width: int, device: torch.device) -> Pace:
         """A cautious start for images of this size."""
-        return cls(max(LEAST, min(MOST, PIXELS // (height * width))))
+        size = max(LEAST, min(MOST, PIXELS // (height * width)))
+        return cls(size, most=size * (4 if device.type == "cpu" else 256))
 
     def run(self, total: int, ask: Callable[[int, int], T], *, scale: int = 1) -> Iterator[tuple[int, int, T]]:
         """`(start, stop, ask(start, stop))` for one batch after another until `total`.
@@ -40,21 +41,25 @@ class Pace:
         the memory is halved and asked again.
         """
         done, search = 0, _Search(self) if scale == 1 and self._worth_searching(total) else None
-        while done < total:
-            size = self.size
-            stop = min(done + size * scale, total)
-            begun = time.perf_counter()
-            try:
-                answer = ask(done, stop)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or not self.halve():
-                    raise
-                continue
-            if search is not None and stop - done == size * scale:
-                _wait()
-                search.took((time.perf_counter() - begun) / (stop - done))
-            yield done, stop, answer
-            done = stop
+        try:
+            while done < total:
+                size = self.size
+                stop = min(done + size * scale, total)
+                begun = time.perf_counter()
+                try:
+                    answer = ask(done, stop)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error) or not self.halve():
+                        raise
+                    continue
+                if search is not None and stop - done == size:
+                    _wait()
+                    search.took((time.perf_counter() - begun) / size)
+                yield done, stop, answer
+                done = stop
+        finally:
+            if search is not None:
+                search.end()
 
     def halve(self) -> bool:
         """Half as many at once from now on; False if it was one already."""
@@ -72,7 +77,7 @@ class _Search:
 
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
-        self.best: tuple[float, int] = (float("inf"), pace.size)
+        self.fastest, self.best = float("inf"), pace.size
         self.times: list[float] = []
         pace.size = max(1, pace.size // 2)
 
@@ -83,12 +88,18 @@ class _Search:
         self.times.append(seconds)
         if len(self.times) < TRIALS:
             return
-        fastest, self.times = min(self.times), []
-        if fastest > WORTH * self.best[0]:
-            self.pace.size, self.pace.settled = self.best[1], True
-        else:
-            self.best = fastest, self.pace.size
-            self.pace.size *= 2
+        cheapest, self.times = min(self.times), []
+        if cheapest <= WORTH * self.fastest:
+            self.fastest, self.best = cheapest, self.pace.size
+            if self.best * 2 <= self.pace.most:
+                self.pace.size *= 2
+                return
+        self.pace.size, self.pace.settled = self.best, True
+
+    def end(self) -> None:
+        """Work that ends early leaves the best size so far."""
+        if not self.pace.settled:
+            self.pace.size = self.best
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -39,9 +39,10 @@ def rise(query: Query, *, n_masks: int = 4000, cells: int = 7, p: float = 0.5, b
         raise BadInput(f"baseline is a number or [C, H, W] = {list(query.shape)}; got {list(filling.shape)}") from None
     exact = torch.promote_types(inputs.dtype, torch.float32)  # thousands of terms are too many for half precision
     total = torch.zeros(len(inputs), *query.size, dtype=exact, device=inputs.device)
-    done = 0
-    for start in range(0, n_masks, query.batch):
+    start = done = 0
+    while start < n_masks:
         chosen = masks[start : start + query.batch]  # [m, H, W]
+        start += len(chosen)
         for image, x in enumerate(inputs):
             scores = query.score(filling + (x - filling) * chosen[:, None], [image] * len(chosen))
             total[image].view(-1).addmv_(chosen.flatten(1).T.to(exact), scores.to(exact))
