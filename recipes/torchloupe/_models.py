@@ -97,9 +97,10 @@ def opened(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
     output: OutputSelector | None = None,
 ) -> Handle:
-    """The handle of whatever a verb was given. On another device or dtype a copy of the model is asked instead."""
+    """The handle of whatever a verb was given. Where device, dtype or memory format differ a copy is asked instead."""
     if isinstance(model, str):
         handle = load(model)
     elif isinstance(model, Handle):
@@ -110,7 +111,7 @@ def opened(
         raise BadInput(f"a model is a name, a torch.nn.Module or a Handle; got {type(model).__name__}")
     if output is not None:
         handle = handle.with_spec(output=output)
-    return handle.to(device, dtype)
+    return handle.to(device, dtype, memory_format=memory_format)
 
 
 def _recognised(module: nn.Module) -> Spec | None:

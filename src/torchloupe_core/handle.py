@@ -349,14 +349,24 @@ class Handle:
         classes = self.spec.classes
         return classes[index] if classes is not None and index < len(classes) else str(index)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Handle:
-        """This handle, or one on a copy of the model where device or dtype differ. The model itself stays put."""
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory_format: torch.memory_format | None = None,
+    ) -> Handle:
+        """This handle, or one on a copy of the model where anything differs. The model itself stays put.
+
+        memory_format: `torch.channels_last`, as in `nn.Module.to`; with `torch.bfloat16` often the fastest on a CPU.
+        """
         device = self.device if device is None else torch.device(device)
         dtype = self.dtype if dtype is None else dtype
         same_place = device.type == self.device.type and device.index in (None, self.device.index)
-        if same_place and dtype == self.dtype:
+        if same_place and dtype == self.dtype and memory_format is None:
             return self
-        return Handle(copy.deepcopy(self.module).to(device, dtype), self.spec)
+        moved = copy.deepcopy(self.module).to(device, dtype)
+        return Handle(moved if memory_format is None else moved.to(memory_format=memory_format), self.spec)
 
     def with_spec(self, **changes: Any) -> Handle:
         """A handle on the same model with other facts."""

@@ -141,6 +141,15 @@ def test_another_type_or_device_is_a_copy() -> None:
     torch.testing.assert_close(double.score(X[:2], 1).float(), model.score(X[:2], 1))
 
 
+def test_another_memory_format_is_a_copy_with_the_same_answers() -> None:
+    model = handle()
+    last = model.to(memory_format=torch.channels_last)
+    weights = [part.weight for part in last.module.modules() if isinstance(part, nn.Conv2d)]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert all(one.is_contiguous() for one in model.module.parameters())
+    torch.testing.assert_close(last.score(X[:2], 1), model.score(X[:2], 1))
+
+
 def test_what_a_model_without_parameters_is() -> None:
     model = Handle(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), Spec(input_size=(3, 8, 8)))
     assert model.device.type == "cpu"

@@ -274,3 +274,28 @@ def test_the_demo_model_explains_its_scenes() -> None:
     assert found.values.shape == (4, 8, 8)
     assert found.images.shape == (4, 3, 64, 64)
     torch.testing.assert_close(found.images, scenes.images.float() / 255, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["cam", "grad_cam", "layer_cam", "saliency"])
+def test_half_precision_and_another_memory_format_ask_a_copy(method: str) -> None:
+    subject = tl.load("demo")
+    images = tl.demo_scenes(4).images
+    exact = tl.explain(subject, images, target=0, method=method)
+    fast = tl.explain(subject, images, target=0, method=method, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    assert fast.values.dtype == torch.float32
+    error = (fast.values - exact.values).norm() / exact.values.norm()
+    assert 0 < error < (0.1 if method == "saliency" else 0.02)
+    assert subject.dtype == torch.float32
+
+
+def test_the_memory_format_reaches_the_copy() -> None:
+    seen = []
+
+    class Noting(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(self.weight.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(x)
+
+    module = nn.Sequential(Noting(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    tl.explain(tl.wrap(module, input_size=SIZE), X, target=0, memory_format=torch.channels_last)
+    assert seen and all(seen)
