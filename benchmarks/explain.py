@@ -166,7 +166,7 @@ def _masked(method: str, n: int, **options: Any) -> tuple[Work, Work]:
 def _all_classes(n: int) -> tuple[Work, Work]:
     """RISE with its scores kept, and the map of a second class from them."""
     run, bare = _masked("rise", n, n_masks=n)
-    return lambda: run().of(CLASS + 1), bare  # type: ignore[attr-defined]
+    return lambda: run().of(CLASS + 1), bare
 
 
 def _precision(method: str) -> tuple[Work, Work]:
@@ -183,7 +183,7 @@ def _error(method: str) -> str:
     module, images = _model(), _images()
     fast, exact = (work() for work in _precision(method))
     del module, images
-    apart = (fast.values - exact.values).flatten(1).norm(dim=1) / exact.values.flatten(1).norm(dim=1)  # type: ignore[attr-defined]
+    apart = (fast.values - exact.values).flatten(1).norm(dim=1) / exact.values.flatten(1).norm(dim=1)
     return f"{apart.mean():.2g} of the exact map's norm apart"
 
 
@@ -195,7 +195,7 @@ def _segments(n: int) -> Tensor:
 FAMILY = ("cam", "grad_cam", "grad_cam++", "xgrad_cam", "hires_cam", "layer_cam", "eigen_cam")
 
 ROWS = [
-    *(Row(name, 1.1, "F", lambda name=name: _against_forward(name)) for name in FAMILY),  # type: ignore[misc]
+    *(Row(name, 1.1, "F", lambda name=name: _against_forward(name)) for name in FAMILY),
     Row("attention_rollout (vit_b_16)", 1.1, "F", lambda: _tokens("attention_rollout", _forward)),
     Row("attention_relevance (vit_b_16)", 1.1, "FB", lambda: _tokens("attention_relevance", _backward)),
     Row("ablation_cam, 512 channels (resnet18)", 5, "F", _channels),
@@ -217,10 +217,10 @@ ROWS = [
     *(
         Row(f"bfloat16 and channels_last, {name}", 0.5, "of float32", lambda name=name: _precision(name))
         for name in ("grad_cam", "saliency")
-    ),  # type: ignore[misc]
+    ),
 ]
 
-ERRORS = {f"bfloat16 and channels_last, {name}": lambda name=name: _error(name) for name in ("grad_cam", "saliency")}  # type: ignore[misc]
+ERRORS = {f"bfloat16 and channels_last, {name}": lambda name=name: _error(name) for name in ("grad_cam", "saliency")}
 
 
 def _tokens(method: str, bare: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Work, Work]:
@@ -280,7 +280,7 @@ def _rise(n: int) -> Work:
 
 
 MEMORY: dict[str, Callable[[], Work]] = {
-    **{name: lambda name=name: _own(name) for name in FAMILY},  # type: ignore[misc]
+    **{name: lambda name=name: _own(name) for name in FAMILY},
     "captum": _captum_grad_cam,
     "rise 500": lambda: _rise(500),
     "rise 8000": lambda: _rise(8000),
