@@ -47,7 +47,7 @@ def attention_rollout(query: Query, *, heads: Literal["mean", "max", "min"] = "m
     if heads not in JOINED:
         raise BadInput(f"heads is one of {', '.join(map(repr, JOINED))}; got {heads!r}")
     tokens = plain_attention(query.handle, query.shape)
-    return _together([_rollout(part, tokens, JOINED[heads]) for part in query.parts()])
+    return _together(query.each(lambda part: _rollout(part, tokens, JOINED[heads])))
 
 
 @method(
@@ -65,7 +65,7 @@ def attention_relevance(query: Query) -> Map:
     class token for a logit, a patch for a neuron; where it reads several, the mean of their rows.
     """
     tokens = plain_attention(query.handle, query.shape)
-    return _together([_relevance(part, tokens) for part in query.parts()])
+    return _together(query.each(lambda part: _relevance(part, tokens)))
 
 
 def _rollout(query: Query, tokens: Tokens, join: Callable[[Tensor], Tensor]) -> Map:
