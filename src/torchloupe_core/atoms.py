@@ -12,11 +12,15 @@ from torch import Tensor
 from torchloupe_core.errors import BadTarget, NotApplicable, UnknownName
 
 if TYPE_CHECKING:
+    from torchloupe_core.layout import Grid
+    from torchloupe_core.outputs import Detections
     from torchloupe_core.trace import Layer
 
 __all__ = [
+    "CLASS_HEADS",
     "HEADS",
     "Atom",
+    "ClassHead",
     "Output",
     "Position",
     "Reduce",
@@ -24,11 +28,14 @@ __all__ = [
     "Subject",
     "Unit",
     "class_index",
+    "class_text",
     "number",
     "quoted",
 ]
 
-HEADS = ("logit", "prob", "margin")  # words that begin an atom; a layer of such a name is quoted
+ClassHead = Literal["logit", "prob", "sigmoid", "margin"]
+CLASS_HEADS: tuple[ClassHead, ...] = ("logit", "prob", "sigmoid", "margin")
+HEADS = (*CLASS_HEADS, "region", "box_score", "similarity")  # words that begin an atom; such a layer is quoted
 Reduce = Literal["mean", "max"]
 Position = tuple[int, int] | Literal["center"]
 
@@ -37,19 +44,28 @@ COSINE_FLOOR, NORM_EPSILON = 0.1, 1e-4  # Olah et al. 2017, lucid's direction ob
 
 
 class Subject(Protocol):
-    """What a target is bound to: a model that knows its classes and layers."""
+    """What a target is bound to: a model that knows its classes and layers, at one input size `image` (H, W).
+
+    `embed` gives the embedding `[D]` of another image, at a layer or at the output.
+    """
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...
     @property
     def outputs(self) -> int | None: ...
+    @property
+    def image(self) -> Grid: ...
     def layer(self, name: str) -> Layer: ...
+    def embed(self, image: object, layer: str | None) -> Tensor: ...
 
 
 class Seen(Protocol):
-    """What a forward pass showed."""
+    """What a forward pass showed: its output as one of its forms (`outputs`), and layers as `[N, C, h, w]`."""
 
     def logits(self) -> Tensor: ...
+    def class_maps(self) -> Tensor: ...
+    def detections(self) -> Detections: ...
+    def embedding(self, layer: str | None) -> Tensor: ...
     def map(self, layer: str) -> Tensor: ...
 
 
@@ -79,11 +95,11 @@ class Atom:
 class Output(Atom):
     """The model's output for one class, by index or name."""
 
-    kind: Literal["logit", "prob", "margin"]
+    kind: ClassHead
     label: int | str
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.label if isinstance(self.label, int) else quoted(self.label, is_class=True)}"
+        return f"{self.kind}:{class_text(self.label)}"
 
     def bound(self, model: Subject) -> Output:
         return Output(self.kind, class_index(self.label, model))
@@ -94,6 +110,8 @@ class Output(Atom):
             raise UnknownName(f"no class {index}; the model has {logits.shape[1]} outputs")
         if self.kind == "prob":
             return logits.softmax(1)[:, index]
+        if self.kind == "sigmoid":
+            return logits[:, index].sigmoid()
         if self.kind == "margin":
             others = torch.cat([logits[:, :index], logits[:, index + 1 :]], 1)
             if not others.shape[1]:
@@ -179,8 +197,9 @@ class Unit(Atom):
 def class_index(label: int | str, model: Subject) -> int:
     """The index of a class given by name or index. Raises `UnknownName` with the nearest names."""
     if isinstance(label, int):
-        if model.outputs is not None and label >= model.outputs:
-            raise UnknownName(f"no class {label}; the model has {model.outputs} outputs, 0 to {model.outputs - 1}")
+        known = len(model.classes) if model.outputs is None and model.classes else model.outputs
+        if known is not None and label >= known:
+            raise UnknownName(f"no class {label}; the model has {known} outputs, 0 to {known - 1}")
         return label
     if model.classes is None:
         raise UnknownName(f"no class {label!r}: this model's classes have no names; give an index, or classes=")
@@ -193,9 +212,14 @@ def class_index(label: int | str, model: Subject) -> int:
     raise UnknownName.of("class", label, model.classes)
 
 
-def quoted(name: str, *, is_class: bool = False) -> str:
+def class_text(label: int | str) -> str:
+    """A class as the grammar reads it; a name of digits is quoted, an index is not."""
+    return str(label) if isinstance(label, int) else quoted(label, is_class=True)
+
+
+def quoted(name: str, *, is_class: bool = False, always: bool = False) -> str:
     """A name as the grammar reads it, in quotes where it needs them."""
-    plain = name and not _RESERVED.search(name) and not (name.isdecimal() if is_class else name in HEADS)
+    plain = name and not always and not _RESERVED.search(name) and not (name.isdecimal() if is_class else name in HEADS)
     return name if plain else '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

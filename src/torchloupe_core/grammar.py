@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from typing import Literal
+from collections.abc import Iterator
 
-from torchloupe_core.atoms import HEADS, Atom, Output, Position, Unit
-from torchloupe_core.errors import BadTarget
+from torchloupe_core.atoms import CLASS_HEADS, HEADS, Atom, Output, Position, Unit
+from torchloupe_core.errors import BadInput, BadTarget
+from torchloupe_core.regions import Box, BoxScore, Mask, Region
+from torchloupe_core.similarity import Similarity
 
 __all__ = ["read"]
 
@@ -21,6 +24,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
 
 def read(text: str) -> tuple[tuple[float, Atom], ...]:
@@ -61,28 +65,90 @@ class _Reader:
 
     def atom(self) -> Atom:
         quoted = self.kind() == "quoted"
-        name = self.name("a layer, or logit:, prob: or margin:")
-        if not quoted and name in HEADS:
-            if not self.sees(":"):
-                raise self.problem(f"expected ':' and a class after {name!r}")
-            self.take()
-            return self.output(name)
-        return self.unit(name)
+        name = self.name("a layer, or a word like logit: or region:")
+        if quoted or name not in HEADS:
+            return self.unit(name)
+        if not self.sees(":"):
+            raise self.problem(f"expected ':' after {name!r}")
+        self.take()
+        if name == "similarity":
+            return self.similarity()
+        label = self.label()
+        for kind in CLASS_HEADS:
+            if name == kind:
+                return Output(kind, label)
+        return self.region(label) if name == "region" else self.box_score(label)
 
-    def output(self, kind: str) -> Output:
+    def label(self) -> int | str:
         by_name = self.kind() == "quoted"
         label = self.name("a class name or index")
-        known: Literal["logit", "prob", "margin"] = (
-            "prob" if kind == "prob" else "margin" if kind == "margin" else "logit"
-        )
-        return Output(known, int(label) if label.isdecimal() and not by_name else label)
+        return int(label) if label.isdecimal() and not by_name else label
+
+    def region(self, label: int | str) -> Region:
+        if not self.sees("@"):
+            return Region(label)
+        self.take()
+        at = self.here()
+        if self.kind() == "name" and self.tokens[self.next][1] == "mask":
+            self.take()
+            with self.pointing(at):
+                return Region(label, self.mask())
+        edges = self.numbers(4, 4)
+        with self.pointing(at):
+            return Region(label, Box(*edges))
+
+    def box_score(self, label: int | str) -> BoxScore:
+        if not self.sees("@"):
+            raise self.problem("expected '@' and a box, top,left,bottom,right")
+        self.take()
+        at, numbers = self.here(), self.numbers(4, 5)
+        with self.pointing(at):
+            return BoxScore(label, Box(*numbers[:4]), *numbers[4:])
+
+    def similarity(self) -> Similarity:
+        at, kind, reference = self.here(), self.kind(), ""  # type: int, str, str | tuple[float, ...]
+        if kind == "vector":
+            reference = self.vector()
+        else:
+            reference = self.name("the path of an image, or an embedding in brackets")
+        if kind == "name" and str(reference).startswith("image#"):
+            problem = "an image in memory is not in its target's text; give its path or its embedding"
+            raise BadTarget.at(self.text, at, problem)
+        if not self.sees("@"):
+            return Similarity(reference)
+        self.take()
+        return Similarity(reference, self.name("a layer"))
+
+    def mask(self) -> Mask:
+        if self.kind() != "vector":
+            raise self.problem("expected '[height,width,runs...]'")
+        _, text, at = self.take()
+        numbers = text[1:-1].split(",")
+        if len(numbers) < 3 or not all(one.strip().isdecimal() for one in numbers):
+            raise BadTarget.at(self.text, at, "a mask is its height, its width and its runs, whole numbers")
+        height, width, *runs = map(int, numbers)
+        return Mask((height, width), tuple(runs))
+
+    def numbers(self, least: int, most: int) -> list[float]:
+        """Numbers with commas between them, as those of a box."""
+        found: list[float] = []
+        while len(found) < least or (len(found) < most and self.sees(",")):
+            if found:
+                if not self.sees(","):
+                    raise self.problem("a box is top,left,bottom,right; expected ','")
+                self.take()
+            if self.kind() != "name" or not _NUMBER.fullmatch(self.tokens[self.next][1]):
+                raise self.problem("a box is top,left,bottom,right; expected a number")
+            found.append(float(self.take()[1]))
+        return found
 
     def unit(self, name: str) -> Unit:
         channel, vector, power, position = None, None, 0.0, None
         if self.sees(":"):
             self.take()
             if self.kind() == "vector":
-                vector, power = self.vector()
+                vector = self.vector()
+                power = self.power()
             else:
                 channel = self.integer("a channel number")
         if self.sees("@"):
@@ -92,19 +158,22 @@ class _Reader:
             position = self.position()
         return Unit(name, channel, position, vector, power)
 
-    def vector(self) -> tuple[tuple[float, ...], float]:
+    def vector(self) -> tuple[float, ...]:
         _, text, at = self.take()
         try:
             values = tuple(float(value) for value in text[1:-1].split(","))
         except ValueError:
-            raise BadTarget.at(self.text, at, "a direction is numbers separated by commas") from None
+            raise BadTarget.at(self.text, at, "a vector is numbers separated by commas") from None
         if not all(map(math.isfinite, values)):
-            raise BadTarget.at(self.text, at, "a direction is finite numbers")
+            raise BadTarget.at(self.text, at, "a vector is finite numbers")
+        return values
+
+    def power(self) -> float:
         if not self.sees("^"):
-            return values, 0.0
+            return 0.0
         self.take()
         try:
-            return values, float(self.name("the power of the cosine"))
+            return float(self.name("the power of the cosine"))
         except ValueError:
             raise self.problem("the power of the cosine is a number; found it before") from None
 
@@ -138,6 +207,17 @@ class _Reader:
     def take(self) -> tuple[str, str, int]:
         self.next += 1
         return self.tokens[self.next - 1]
+
+    def here(self) -> int:
+        return self.tokens[self.next][2] if self.next < len(self.tokens) else len(self.text)
+
+    @contextlib.contextmanager
+    def pointing(self, at: int) -> Iterator[None]:
+        """What is wrong with a box or mask, said with a pointer to where it begins."""
+        try:
+            yield
+        except BadInput as error:
+            raise BadTarget.at(self.text, at, str(error)) from None
 
     def problem(self, expected: str) -> BadTarget:
         if self.next < len(self.tokens):

@@ -1,6 +1,10 @@
 """What is asked about: one grammar for every verb.
 
     logit:dog   logit:207   prob:dog   margin:dog     the model's output for a class, by name or index
+    sigmoid:dog                                       its probability by itself, where several classes may be there
+    region:dog  region:dog@10,20,50,60                a class in a segmentation: its mean logit, in all or in a box
+    box_score:dog@10,20,50,60                         a detected object: the score of what fits the box
+    similarity:"ref.jpg"       similarity:[1,0]@fc.in the cosine with an image's embedding, or with a vector
     layer4:17                                         a channel: its mean (or maximum) over positions
     layer4.1.conv2:17@3,5      layer4:17@center       a neuron at row 3, column 5
     layer3                                            a layer: mean square
@@ -9,7 +13,8 @@
 
 `margin:dog` is the logit of dog minus the largest other logit. A class or layer name that holds a character of the
 grammar or a space is quoted: `logit:"great white shark"`. `relu#1` is the first call of a module that runs several
-times, `fc.in` what goes into one. `str(target)` is canonical and parses back to an equal target.
+times, `fc.in` what goes into one. A box is top,left,bottom,right in pixels of the model's input. `str(target)` is
+canonical and parses back to an equal target, save that of `similarity` to an image in memory, which it only names.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -26,6 +31,8 @@ from torch import Tensor
 from torchloupe_core import grammar
 from torchloupe_core.atoms import Atom, Output, Position, Reduce, Seen, Subject, Unit, number
 from torchloupe_core.errors import BadInput, BadTarget
+from torchloupe_core.regions import DEFAULT_IOU, BoxScore, Region, as_box, as_place
+from torchloupe_core.similarity import Similarity, as_reference
 
 __all__ = [
     "Bound",
@@ -35,6 +42,7 @@ __all__ = [
     "TargetLike",
     "Unit",
     "as_targets",
+    "box_score",
     "channel",
     "direction",
     "interpolate",
@@ -44,6 +52,9 @@ __all__ = [
     "neuron",
     "parse",
     "prob",
+    "region",
+    "sigmoid",
+    "similarity",
 ]
 
 
@@ -111,6 +122,11 @@ class Bound:
         return total
 
     @property
+    def detects(self) -> bool:
+        """Whether it asks about detected objects and nothing else, so that it is 0 where none is there."""
+        return all(isinstance(atom, BoxScore) for _, atom in self.terms)
+
+    @property
     def logit_weights(self) -> dict[int, float] | None:
         """Weight per class if this is a sum of logits and nothing else, else None."""
         weights: dict[int, float] = {}
@@ -137,6 +153,45 @@ def prob(label: str | int) -> Target:
 def margin(label: str | int, other: str | int | None = None) -> Target:
     """The logit of a class minus that of another, or minus the largest other logit."""
     return _one(Output("margin", _label(label))) if other is None else logit(label) - logit(other)
+
+
+def sigmoid(label: str | int) -> Target:
+    """The sigmoid of a class's logit: its probability in a model of independent classes."""
+    return _one(Output("sigmoid", _label(label)))
+
+
+def region(label: str | int, where: Any = None) -> Target:
+    """The mean logit of a class over a region, for outputs `[N, K, H, W]`, as in semantic segmentation.
+
+    where: a bool mask `[H, W]`, a box **(top, left, bottom, right)** in pixels of the model's input, or None for all
+    positions. Where the output is smaller than the image, each of its positions counts by its share in the region. A
+    mask has the size of the image or of the output. To look at what was predicted, give that as mask:
+    `tl.region("dog", prediction == dog)` (Vinogradova et al. 2020, Towards Interpretable Semantic Segmentation).
+    """
+    return _one(Region(_label(label), as_place(where)))
+
+
+def box_score(label: str | int, box: Sequence[float] | Tensor, iou: float = DEFAULT_IOU) -> Target:
+    """Of a detector: the largest IoU times score among the detections of a class that overlap a box by at least `iou`.
+
+    box: **(top, left, bottom, right)** in pixels of the model's input; detectors' own boxes are (left, top, ...). Where
+    nothing fits, the value is 0 and so is its gradient. With iou=0 this is the similarity of D-RISE (Petsiuk et al.
+    2021, Black-box Explanation of Object Detectors via Saliency Maps) where its class vectors are one-hot. The
+    gradient also goes through the detection's own box. In two-stage models torchvision's proposals carry none, so it
+    is that at fixed proposals.
+    """
+    return _one(BoxScore(_label(label), as_box(box), float(iou)))
+
+
+def similarity(reference: Any, layer: object = None) -> Target:
+    """The cosine of each image's embedding with that of a reference image.
+
+    reference: an image as `explain` takes it, or an embedding `[D]`. layer: where the embedding is read, its map
+    averaged over positions, as `model.embedding` of a classifier; without it the model's output `[N, D]`. Zeros are
+    similar to nothing, 0. A path or an embedding is in the target's text; an image in memory is only named there, by
+    a digest of its pixels, `similarity:image#...`, and that text cannot be read back.
+    """
+    return _one(Similarity(as_reference(reference), None if layer is None else str(layer)))
 
 
 def layer(name: object) -> Target:
