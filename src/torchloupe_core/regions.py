@@ -56,12 +56,10 @@ class Box:
 
     def overlap(self, boxes: Tensor) -> Tensor:
         """Intersection over union with each of some boxes `[D, 4]`, given as (left, top, right, bottom)."""
-        left, top, right, bottom = boxes.unbind(1)
-        height = bottom.clamp(max=self.bottom) - top.clamp(min=self.top)
-        width = right.clamp(max=self.right) - left.clamp(min=self.left)
-        shared = height.clamp(min=0) * width.clamp(min=0)
-        own = (self.bottom - self.top) * (self.right - self.left)
-        return shared / (own + (bottom - top) * (right - left) - shared)
+        own = boxes.new_tensor((self.left, self.top, self.right, self.bottom))
+        low, high = torch.maximum(boxes[:, :2], own[:2]), torch.minimum(boxes[:, 2:], own[2:])
+        shared = (high - low).clamp(min=0).prod(1)
+        return shared / ((own[2:] - own[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared)
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,8 @@ class BoxScore(Atom):
         return torch.stack([self._best(one["boxes"], one["labels"], one["scores"]) for one in seen.detections()])
 
     def _best(self, boxes: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-        overlap = self.box.overlap(boxes)  # [D]
+        # A constant weight: where it is greatest, at the detection's own box, it has a kink for rounding to fall off.
+        overlap = self.box.overlap(boxes.detach())  # [D]
         fits = (labels == self.label) & (overlap >= self.iou)
         none = scores.sum()[None] * 0  # so that there is a gradient, of zero, where nothing fits
         return torch.cat([(overlap * scores)[fits], none]).amax()

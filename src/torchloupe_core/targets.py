@@ -177,8 +177,8 @@ def box_score(label: str | int, box: Sequence[float] | Tensor, iou: float = DEFA
     box: **(top, left, bottom, right)** in pixels of the model's input; detectors' own boxes are (left, top, ...). Where
     nothing fits, the value is 0 and so is its gradient. With iou=0 this is the similarity of D-RISE (Petsiuk et al.
     2021, Black-box Explanation of Object Detectors via Saliency Maps) where its class vectors are one-hot. The
-    gradient also goes through the detection's own box. In two-stage models torchvision's proposals carry none, so it
-    is that at fixed proposals.
+    gradient is the score's, weighted by the overlap, which counts as a constant; in two-stage models torchvision's
+    proposals count as constant too.
     """
     return _one(BoxScore(_label(label), as_box(box), float(iou)))
 
