@@ -130,11 +130,11 @@ def _segments(module: nn.Module) -> bool:
 
 def _no_maps(module: nn.Module) -> dict[str, Layout | None]:
     """Parts of a detector that give no map of the image, whatever their shape: what sees proposals or all anchors."""
-    after = [(name, part) for name, part in module.named_modules() if name and not name.startswith("backbone")]
+    whole = ("rpn", "rpn.head", "head", "head.classification_head", "head.regression_head")
     return {
         name: None
-        for name, part in after
-        if name.startswith("roi_heads") or any(True for _ in part.children()) or "Anchor" in type(part).__name__
+        for name, part in module.named_modules()
+        if name.startswith("roi_heads") or name in whole or "Anchor" in type(part).__name__
     }
 
 
