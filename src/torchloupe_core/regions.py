@@ -161,8 +161,8 @@ class BoxScore(Atom):
         # A constant weight: where it is greatest, at the detection's own box, it has a kink for rounding to fall off.
         overlap = self.box.overlap(boxes.detach())  # [D]
         fits = (labels == self.label) & (overlap >= self.iou)
-        none = scores.sum()[None] * 0  # so that there is a gradient, of zero, where nothing fits
-        return torch.cat([(overlap * scores)[fits], none]).amax()
+        values = (overlap * scores)[fits]  # where nothing fits, an empty one that still has a graph
+        return torch.cat([values, scores.new_zeros(1)]).amax()
 
 
 def as_place(place: Any) -> Box | Mask | None:

@@ -32,7 +32,9 @@ ONE_STAGE = {**RANDOM, "score_thresh": 0.0, "detections_per_img": 20}
 DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "fasterrcnn_resnet50_fpn": lambda: D.fasterrcnn_resnet50_fpn(**TWO_STAGES),
     "fasterrcnn_mobilenet_v3_large_320_fpn": lambda: D.fasterrcnn_mobilenet_v3_large_320_fpn(**TWO_STAGES),
-    "maskrcnn_resnet50_fpn": lambda: D.maskrcnn_resnet50_fpn(**{**TWO_STAGES, "box_detections_per_img": 1}),
+    "maskrcnn_resnet50_fpn": lambda: D.maskrcnn_resnet50_fpn(
+        **{**TWO_STAGES, "box_detections_per_img": 1, "rpn_post_nms_top_n_test": 2}
+    ),
     "keypointrcnn_resnet50_fpn": lambda: D.keypointrcnn_resnet50_fpn(
         **{**TWO_STAGES, "num_classes": 2, "box_detections_per_img": 2}
     ),
@@ -223,12 +225,12 @@ def detected_in_eval(model: tl.Handle) -> list[dict[str, Tensor]]:
 
 
 def test_what_sees_crops_gives_no_map_of_the_image() -> None:
-    """With one detection an image the mask head sees as many crops as there are images."""
+    """With one detection an image the mask head sees as many crops as there are images; proposals are two as well."""
     model = built("maskrcnn_resnet50_fpn")
     layers = model.trace((3, *SIZE)).layers
     crops = [name for name in layers if name.startswith("roi_heads")]
     assert len(crops) > 10
-    assert [name for name in crops if layers[name].layout is not None] == []
+    assert [name for name in ("rpn", *crops) if layers[name].layout is not None] == []
     assert layers["backbone.fpn.layer_blocks.0.0"].spatial and layers["rpn.head.cls_logits"].layout is not None
     target = tl.box_score(*own_box(detected("maskrcnn_resnet50_fpn")[0]))
     for name in ("roi_heads.mask_head.0.0", "roi_heads.box_head.fc6", "rpn"):

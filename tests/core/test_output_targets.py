@@ -433,6 +433,9 @@ def test_of_several_images_the_one_without_a_detection_is_named() -> None:
         )
     mixed = tl.box_score(1, (0, 0, 5, 4)) - tl.box_score(3, (0, 0, 5, 5))
     assert tl.explain(model, X[:1], target=mixed, method="saliency").values.any()
+    inner = tl.channel("conv", 0) - tl.channel("conv", 0)  # zero, but not for want of a detection
+    found = tl.explain(model, X[:1], target=tl.box_score(3, (0, 0, 5, 5)) + inner, method="saliency")
+    assert found.scores.tolist() == [0]
 
 
 def test_occlusion_of_a_box_is_the_fall_of_its_score() -> None:
