@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchloupe_core.spec import Spec
     from torchloupe_core.targets import (
         Target,
+        box_score,
         channel,
         direction,
         interpolate,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
         margin,
         neuron,
         prob,
+        region,
+        sigmoid,
+        similarity,
     )
     from torchloupe_core.targets import parse as target
 
@@ -46,6 +50,7 @@ __all__ = [
     "Layout",
     "Spec",
     "Target",
+    "box_score",
     "channel",
     "checks",
     "demo_scenes",
@@ -61,6 +66,9 @@ __all__ = [
     "neuron",
     "open",
     "prob",
+    "region",
+    "sigmoid",
+    "similarity",
     "target",
     "wrap",
 ]
@@ -80,9 +88,8 @@ _HOMES = {
     "open": "torchloupe_core.results:open_result",
     "target": f"{_TARGETS}:parse",
     "wrap": "torchloupe._models",
-    **dict.fromkeys(
-        ("Target", "channel", "direction", "interpolate", "layer", "logit", "margin", "neuron", "prob"), _TARGETS
-    ),
+    **dict.fromkeys(("Target", "channel", "direction", "interpolate", "layer", "neuron"), _TARGETS),
+    **dict.fromkeys(("box_score", "logit", "margin", "prob", "region", "sigmoid", "similarity"), _TARGETS),
 }
 
 

@@ -20,7 +20,7 @@ from torchloupe_core.query import Query
 from torchloupe_core.registry import Method
 from torchloupe_core.results import Attribution
 from torchloupe_core.spec import OutputSelector
-from torchloupe_core.targets import Target, TargetLike, as_targets, logit
+from torchloupe_core.targets import Bound, Target, TargetLike, as_targets, logit
 
 __all__ = ["explain"]
 
@@ -43,7 +43,8 @@ def explain(
 ) -> Attribution:
     """Where in each image the target came from, by one of `tl.methods("explain")`.
 
-    target: one for all images or a list with one each; without it each image's predicted logit. layer: where methods
+    target: one for all images or a list with one each; without it each image's predicted logit, which detectors and
+    segmentation models do not have: they are asked with `tl.box_score` and `tl.region`. layer: where methods
     that read a layer look; without it the last spatial layer the target depends on, stated in the result. options: of
     the method. dtype, memory_format: `torch.bfloat16` and `torch.channels_last` ask a copy of the model, on many CPUs
     in a third of the time; maps of layers keep two digits, gradients at the input fewer. batch_size: found while
@@ -61,9 +62,8 @@ def explain(
     begun, forwards = time.perf_counter(), handle.forwards
     with handle.borrow(), progress_bar(way.name, "images", progress) as report:
         asked = as_targets(_predicted(handle, inputs) if target is None else target, len(inputs))
-        query = Query(
-            handle, inputs, handle.bind(asked, inputs), seed, None if layer is None else str(layer), batch_size, report
-        )
+        bound = handle.bind(asked, inputs)
+        query = Query(handle, inputs, bound, seed, None if layer is None else str(layer), batch_size, report)
         found = way.run(query, **options)
         scores = found.scores
         if scores is None:
@@ -71,6 +71,7 @@ def explain(
     values = found.values.detach().float().cpu()
     if not values.isfinite().all():
         raise BadInput(f"{way.name} gave NaN or infinity; the model's gradients or activations are not finite here")
+    _require_detections(bound, scores)
     return Attribution(
         method=way.name,
         backend=way.backend,
@@ -99,6 +100,13 @@ def _predicted(handle: Handle, inputs: torch.Tensor) -> list[Target]:
 
 def _unheard(done: int, total: int) -> None:
     """Progress of a step too short to report."""
+
+
+def _require_detections(targets: Sequence[Bound], scores: torch.Tensor) -> None:
+    """Where nothing was detected to ask about, a map would be zeros or the noise of its perturbations."""
+    missed = [index for index, one in enumerate(targets) if one.detects and not scores[index]]
+    if missed:
+        raise BadInput(f"nothing is detected that fits {targets[missed[0]].target}, in image {missed[0]}")
 
 
 def _texts(targets: Sequence[Target]) -> str | tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from torchloupe_core import images as pictures
+from torchloupe_core import outputs
 from torchloupe_core import trace as tracing
+from torchloupe_core.atoms import Reduce
 from torchloupe_core.borrow import borrowed
 from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
 from torchloupe_core.layout import to_map
 from torchloupe_core.pace import Pace
 from torchloupe_core.spec import Spec
-from torchloupe_core.targets import Bound, Reduce, TargetLike, as_targets
+from torchloupe_core.targets import Bound, TargetLike, as_targets
 from torchloupe_core.trace import Layer, Trace
 from torchloupe_core.watch import Exchange, Place, Watch, hooked
 
@@ -27,6 +30,8 @@ __all__ = ["Guess", "Handle", "Reading", "unwrapped"]
 
 Shape = tuple[int, int, int]
 Found = TypeVar("Found")
+
+COARSEST = 32  # pixels, the stride of the deepest stage of the usual encoders
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
@@ -43,7 +48,7 @@ class Guess:
 
 @dataclass
 class Reading:
-    """What one forward pass showed: the logits and the maps of the watched layers."""
+    """What one forward pass showed: the output in each of its forms, and the maps of the watched layers."""
 
     handle: Handle
     watch: Watch
@@ -52,6 +57,18 @@ class Reading:
     def logits(self) -> Tensor:
         """The model's output as `[N, K]`."""
         return self.handle.logits(self.output)
+
+    def class_maps(self) -> Tensor:
+        """The model's output as `[N, K, H, W]`."""
+        return outputs.class_maps(self.output, self.handle.spec.output)
+
+    def detections(self) -> outputs.Detections:
+        """The model's output as the boxes, labels and scores of each image."""
+        return outputs.detections(self.output, self.handle.spec.output)
+
+    def embedding(self, layer: str | None = None) -> Tensor:
+        """`[N, D]`: the model's output, or the mean over positions of a watched layer."""
+        return self.logits() if layer is None else self.map(layer).mean((2, 3))
 
     def map(self, layer: str) -> Tensor:
         """A watched layer as a canonical map `[N, C, h, w]`."""
@@ -178,7 +195,7 @@ class Handle:
         with self.borrow():
             noise = torch.randn((tracing.BATCH, *shape), generator=torch.Generator().manual_seed(0))
             try:
-                return tracing.run(self.module, self.spec, noise.to(self.device, self.dtype), self.logits)
+                return tracing.run(self.module, self.spec, noise.to(self.device, self.dtype))
             except Exception as error:
                 error.add_note(f"torchloupe was running the model on an input of shape {list(shape)}")
                 raise
@@ -189,8 +206,16 @@ class Handle:
         return shape, self.spec.prefix, self.spec.classifier, str(self.spec.layouts), self.spec.output, structure
 
     def features_at(self, shape: Shape, before: str | None = None) -> str:
-        """The last spatial layer for inputs of this shape that reaches the output, or that ends before a layer."""
+        """The last spatial layer for inputs of this shape that reaches the output, or that ends before a layer.
+
+        Where the output is a map of classes it is the bottleneck: right before the classifier Grad-CAM would only show
+        the class's logits again, whatever the region (Vinogradova et al. 2020). A fact `features` of the spec wins.
+        """
         trace = self.trace(shape)
+        if before is None and self.spec.features is not None:
+            return self.layer(self.spec.features, shape).name
+        if before is None and trace.form == "detections":
+            raise NotApplicable("a detector reads several layers at once; name one of its backbone with layer=")
         limit = self.layer(before, shape).begins if before is not None else None
         candidates = [
             layer
@@ -204,6 +229,8 @@ class Handle:
         if not candidates:
             place = f" before {before!r}" if before else ""
             raise NotApplicable(f"no spatial layer{place}; use a method that reads the input's gradient, as saliency")
+        if before is None and trace.form == "maps":
+            return self._bottleneck(candidates, shape)
         if limit is None and not any(layer.layout and layer.layout.prefix for layer in trace.layers.values()):
             return candidates[0].name
         key = ("features", before, *self._key(shape))
@@ -212,6 +239,15 @@ class Handle:
             self._kept[key] = self._reaching(before or self.embedding_at(shape), candidates[:24], shape)
         name: str = self._kept[key]
         return name
+
+    def _bottleneck(self, candidates: Sequence[Layer], shape: Shape) -> str:
+        """The last of the coarsest layers before the classifier; one coarser than its stride only pools context."""
+        classifier = math.inf
+        with contextlib.suppress(NotApplicable):
+            classifier = self.layer(self.embedding_at(shape), shape).begins
+        strides = {one.name: _stride(one.size, shape) for one in candidates if one.size and one.ends < classifier}
+        deep = [name for name, stride in strides.items() if stride <= COARSEST]
+        return max(deep, key=strides.__getitem__, default=candidates[0].name)
 
     def _reaching(self, end: str, candidates: Sequence[Layer], shape: Shape) -> str:
         """The first candidate whose patches the layer `end` depends on.
@@ -324,15 +360,7 @@ class Handle:
 
     def logits(self, output: Any) -> Tensor:
         """The tensor `[N, K]` of a model's output, selected as `spec.output` says."""
-        tensor = _selected(output, self.spec.output)
-        if tensor.ndim == 1:
-            tensor = tensor[:, None]
-        if tensor.ndim != 2:
-            raise NotApplicable(
-                f"the model's output has shape {list(tensor.shape)}, not [N, K]; name a tensor or a function of it "
-                "with output=, or ask about a layer"
-            )
-        return tensor
+        return outputs.logits(output, self.spec.output)
 
     def inputs(self, images: Any) -> Tensor:
         """Images of any kind as model inputs `[N, C, H, W]` on the model's device."""
@@ -416,8 +444,20 @@ class _At:
     def outputs(self) -> int | None:
         return self.handle.trace(self.shape).outputs
 
+    @property
+    def image(self) -> tuple[int, int]:
+        return self.shape[1:]
+
     def layer(self, name: str) -> Layer:
         return self.handle.layer(name, self.shape)
+
+    def embed(self, image: object, layer: str | None) -> Tensor:
+        inputs = self.handle.inputs(image)
+        if len(inputs) != 1:
+            raise BadInput(f"a reference is one image; got {len(inputs)}")
+        names = () if layer is None else (layer,)
+        with self.handle.watch(*names, shape=_shape_of(inputs)) as watch:
+            return Reading(self.handle, watch, watch(inputs)).embedding(layer)[0]
 
 
 def pick(reading: Reading, targets: Sequence[Bound], reduce: Reduce = "mean") -> Tensor:
@@ -442,33 +482,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def _selected(output: Any, selector: Any) -> Tensor:
-    if callable(selector):
-        output = selector(output)
-    elif selector is not None:
-        output = _item(output, selector)
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        tensors = {key: value for key, value in output.items() if isinstance(value, Tensor)}
-        if "logits" in tensors:
-            return tensors["logits"]
-        if len(tensors) == 1:
-            return next(iter(tensors.values()))
-        raise BadInput(f"the model's output is a dict; name its logits with output=, one of {list(output)}")
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise BadInput(f"the model's output is {type(output).__name__}, not a tensor; select one with output=")
-
-
-def _item(output: Any, selector: str | int) -> Any:
-    try:
-        return (
-            getattr(output, selector) if isinstance(selector, str) and hasattr(output, selector) else output[selector]
-        )
-    except (LookupError, TypeError) as error:
-        has = list(output) if isinstance(output, Mapping) else type(output).__name__
-        raise BadInput(f"output={selector!r} selects nothing from the model's output, {has}") from error
+def _stride(grid: tuple[int, int], shape: Shape) -> float:
+    """How many pixels one position of a map stands for, along a side."""
+    return math.sqrt(shape[1] * shape[2] / (grid[0] * grid[1]))
 
 
 def _shape_of(inputs: Tensor) -> Shape:

@@ -15,7 +15,7 @@ from torchloupe_core.layout import Layout
 __all__ = ["OutputSelector", "Preprocess", "Spec", "resize_and_normalise"]
 
 Preprocess = Callable[[Image], Tensor]
-OutputSelector = str | int | Callable[[Any], Tensor]
+OutputSelector = str | int | Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Spec:
     preprocess: a picture to one model input `[C, H, W]`. preprocess_text: the same in words, for people.
     mean, std: what preprocessing subtracts and divides by, in [0, 1] units, one value a channel; they turn an input
     back into a picture. classes: a name for each output. prefix: class and register tokens before the patch grid.
-    classifier: the module that turns the embedding into logits. layouts: layers whose layout is stated, not inferred.
-    output: which tensor of a tuple, list or dict output holds the logits: an index, a key or a function.
+    classifier: the module that turns the embedding into logits. layouts: layers whose layout is stated, not inferred;
+    None says that a layer gives no map of the image. output: which tensor of a tuple, list or dict output holds the
+    logits: an index, a key or a function. features: the layer to look at where neither user nor target name one, for
+    models whose last spatial layer does not serve.
     """
 
     name: str = "model"
@@ -41,8 +43,9 @@ class Spec:
     classes: tuple[str, ...] | None = None
     prefix: int | None = None
     classifier: str | None = None
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, Layout | None] = field(default_factory=dict)
     output: OutputSelector | None = None
+    features: str | None = None
 
     @property
     def channels(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchloupe_core.errors import LoupeError
 from torchloupe_core.layout import Grid, Layout, infer, plausible_grid
+from torchloupe_core.outputs import Form, form_of
 from torchloupe_core.spec import Spec
 from torchloupe_core.watch import first_tensor, hooked
 
@@ -55,7 +56,8 @@ class Layer:
 class Trace:
     """What one forward pass showed. `calls` holds every call under `name#k`, `layers` the last one of each module.
 
-    outputs: K of an output `[N, K]`. rectified: how often ReLU was applied, as a module or as a function.
+    form: what the output holds. outputs: K of an output `[N, K]` or `[N, K, H, W]`. rectified: how often ReLU was
+    applied, as a module or as a function.
     """
 
     image: Grid
@@ -63,14 +65,12 @@ class Trace:
     calls: dict[str, Layer] = field(default_factory=dict)
     inputs: dict[str, Layer] = field(default_factory=dict)
     outputs: int | None = None
+    form: Form | None = None
     rectified: int = 0
 
 
-def run(module: nn.Module, spec: Spec, inputs: Tensor, logits: Callable[[Any], Tensor]) -> Trace:
-    """Runs `inputs` (a batch of `BATCH`) once and writes down what each module did. The model is already borrowed.
-
-    logits: finds them in the model's output.
-    """
+def run(module: nn.Module, spec: Spec, inputs: Tensor) -> Trace:
+    """Runs `inputs` (a batch of `BATCH`) once and writes down what each module did. The model is already borrowed."""
     recorder = _Recorder(spec, inputs)
     parts = {name: part for name, part in module.named_modules() if name}
     with hooked(parts, recorder.enter, recorder.leave), _CountReLU() as relus:
@@ -78,7 +78,7 @@ def run(module: nn.Module, spec: Spec, inputs: Tensor, logits: Callable[[Any], T
     trace = recorder.trace
     trace.rectified = relus.count
     with contextlib.suppress(LoupeError):  # a model without logits has layers all the same
-        trace.outputs = logits(output).shape[1]
+        trace.form, trace.outputs = form_of(output, spec.output)
     return trace
 
 
@@ -127,7 +127,9 @@ class _Recorder:
         self.trace.calls[f"{name}#{call}"] = layer
         self.trace.layers.pop(name, None)  # the last call decides the order
         self.trace.layers[name] = layer
-        self.trace.inputs[name] = self._layer(f"{name}.in", self._input_layout(given), call, begins, passes=True)
+        no_map = name in self.spec.layouts and self.spec.layouts[name] is None
+        entering = None if no_map else self._input_layout(given)
+        self.trace.inputs[name] = self._layer(f"{name}.in", entering, call, begins, passes=True)
         if tensor is not None and layout is not None:
             _tag(tensor, layout)
             self.finished_calls.append((begins, tuple(tensor.shape), layout))

@@ -143,6 +143,13 @@ def test_target_is_what_was_asked(explain: Callable[..., Result], photos: Path, 
     assert isinstance(found, tl.Attribution) and found.target == "0.5*logit:tree-layer3:2"
 
 
+def test_targets_on_other_outputs_are_read_from_their_text(explain: Callable[..., Result], photos: Path) -> None:
+    alike = explain(photos / "a.png", "--target", f'similarity:"{photos / "a.png"}"@fc.in')
+    assert alike.exit_code == 0 and "@fc.in = 1 " in alike.stdout
+    refused = explain(photos / "a.png", "--target", "box_score:tree@0,0,9,9", "--method", "saliency")
+    assert refused.exit_code == 2 and "a box's score needs a detector" in refused.stderr
+
+
 def test_random_weights_follow_the_seed(explain: Callable[..., Result], photos: Path) -> None:
     first, again, other = (
         json.loads(explain(photos / "a.png", "--json", "--overwrite", "--seed", seed).stdout)["score"]
@@ -279,6 +286,7 @@ def test_warnings_and_logs_of_libraries_are_not_shown(
         (["--method", "lime", "--option", "segments=3"], "a tensor, which only Python can give"),
         (["--method", "rise", "--layer", "layer4"], "rise reads the input, not a layer"),
         (["--target", "layer4:"], "expected a channel number"),
+        (["--target", "region:tree@9,0,3,4"], "a box is (top, left, bottom, right) in pixels"),
         (["missing.jpg"], "no such image file: missing.jpg"),
     ],
 )

@@ -44,9 +44,10 @@ IDENTITY_TOLERANCE = 1e-3  # relative to the largest logit; float32 sums over 7x
 )
 def cam(query: Query) -> Map:
     """`CAM_c = sum_k w_ck A_k`; its mean over positions plus the bias is the logit, and that is verified each time."""
+    asked = {bound: _asked(bound) for bound in query.targets}
     entrance = query.handle.embedding_at(query.shape)
     classifier = _classifier(query, entrance)
-    weights = {bound: _weights(bound, classifier) for bound in query.targets}
+    weights = {bound: _weights(chosen, classifier) for bound, chosen in asked.items()}
     layer = query.resolved_layer()
 
     def answer(part: Query) -> tuple[Tensor, Tensor]:
@@ -215,11 +216,15 @@ def _classifier(query: Query, entrance: str) -> nn.Linear | nn.Conv2d:
     return module
 
 
-def _weights(bound: Bound, classifier: nn.Linear | nn.Conv2d) -> Tensor:
-    """The classifier's weights `[C]` for a sum of logits."""
-    chosen = bound.logit_weights
-    if chosen is None:
+def _asked(bound: Bound) -> dict[int, float]:
+    """The weight of each class in a sum of logits."""
+    if bound.logit_weights is None:
         raise NotApplicable(f"CAM explains sums of logits only, not {bound.target}; use grad_cam")
+    return bound.logit_weights
+
+
+def _weights(chosen: dict[int, float], classifier: nn.Linear | nn.Conv2d) -> Tensor:
+    """The classifier's weights `[C]` for a sum of logits."""
     rows = classifier.weight.flatten(1)[list(chosen)]  # [K, C]
     return torch.tensor(list(chosen.values())).to(rows) @ rows
 
