@@ -67,7 +67,7 @@ def wrap(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     output: OutputSelector | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, Layout | None] | None = None,
     prefix: int | None = None,
     name: str | None = None,
 ) -> Handle:
@@ -75,7 +75,8 @@ def wrap(
 
     preprocess: a picture to one model input `[C, H, W]`; without it pictures are resized to `input_size` (C, H, W) and
     scaled to [0, 1], and normalised with `mean` and `std` if given. output: which tensor of a tuple or dict output
-    holds the logits, an index, a key or a function. layouts: the `Layout` of layers that are inferred wrongly.
+    holds the logits, an index, a key or a function. layouts: the `Layout` of layers that are inferred wrongly,
+    or None for modules that hold no maps.
     prefix: class and register tokens before the patch grid.
     """
     if not isinstance(module, nn.Module):

@@ -26,7 +26,8 @@ class Spec:
     preprocess: a picture to one model input `[C, H, W]`. preprocess_text: the same in words, for people.
     mean, std: what preprocessing subtracts and divides by, in [0, 1] units, one value a channel; they turn an input
     back into a picture. classes: a name for each output. prefix: class and register tokens before the patch grid.
-    classifier: the module that turns the embedding into logits. layouts: layers whose layout is stated, not inferred.
+    classifier: the module that turns the embedding into logits. layouts: layers whose layout is stated, not inferred;
+    with None the layer and all within it give no map.
     output: which tensor of a tuple, list or dict output holds the logits: an index, a key or a function.
     """
 
@@ -41,7 +42,7 @@ class Spec:
     classes: tuple[str, ...] | None = None
     prefix: int | None = None
     classifier: str | None = None
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, Layout | None] = field(default_factory=dict)
     output: OutputSelector | None = None
 
     @property
