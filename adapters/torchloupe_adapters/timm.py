@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,18 @@ from torch import nn
 from torchloupe_adapters import checkpoint as checkpoints
 from torchloupe_core.errors import BadInput, MissingDependency, UnknownName
 from torchloupe_core.handle import Handle
+from torchloupe_core.layout import Layout
 from torchloupe_core.registry import method
 from torchloupe_core.spec import Spec, resize_and_normalise
 
 __all__ = ["load", "recognise"]
+
+NO_MAPS = {
+    "Nest": r"levels\.\d+\.transformer_encoder",  # blocks of tokens, [N, blocks, L, C]
+    "EfficientVit": r".*\.kernel_func",  # queries and keys, [N, heads, d, L]
+    "EfficientViM": r"norm\.[012]",  # hidden states
+    "EfficientViMDistilled": r"norm\.[012]",
+}
 
 
 @method("load", "timm", cost="none")
@@ -88,9 +98,6 @@ def _spec(module: nn.Module, name: str) -> Spec:
     else:  # timm's transforms make three channels
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         preprocess = resize_and_normalise(config["input_size"], mean, std)
-    classifier = stated.get("classifier")
-    if isinstance(classifier, (tuple, list)):  # DeiT's distilled head, VOLO's auxiliary one come second
-        classifier = classifier[0]
     return Spec(
         name=name,
         source="timm",
@@ -102,15 +109,43 @@ def _spec(module: nn.Module, name: str) -> Spec:
         std=std,
         classes=_classes(module),
         prefix=getattr(module, "num_prefix_tokens", None),
-        classifier=classifier if isinstance(classifier, str) else None,
+        classifier=_classifier(stated),
+        layouts=_layouts(module),
     )
+
+
+def _classifier(stated: dict[str, Any]) -> str | None:
+    """Of several heads not DeiT's distilled one nor VOLO's auxiliary one; the last of those that are added up."""
+    classifier = stated.get("classifier")
+    if isinstance(classifier, (tuple, list)):
+        classifier = [one for one in classifier if not re.search("dist|aux", one)][-1:]
+        classifier = classifier[0] if classifier else None
+    return classifier if isinstance(classifier, str) else None
+
+
+def _layouts(module: nn.Module) -> dict[str, Layout | None]:
+    """Where tokens are in another order than row by row, or are no positions at all."""
+    kind, hiera = type(module).__name__, dict[str, Layout | None]()
+    if kind == "Hiera":
+        parts: Any = module
+        for index, block in enumerate(parts.blocks):  # between `unroll` and its last pooling in the order of pooling
+            strides, grid = parts.reroll.schedule[index]
+            layout = Layout("tokens", block.dim, tuple(grid), unrolled=tuple(map(tuple, strides)))
+            hiera.setdefault("unroll", layout)
+            hiera[f"blocks.{index}.attn.proj"] = replace(layout, channels=block.dim_out)
+        return hiera
+    names = (name for name, _ in module.named_modules() if kind in NO_MAPS)
+    return {name: None for name in names if re.fullmatch(rf"({NO_MAPS[kind]})(\..*)?", name)}
 
 
 def _input_channels(module: nn.Module, stated: dict[str, Any]) -> int | None:
     first = stated.get("first_conv")
     parts = dict(module.named_modules())
     convolution = parts.get(first) if isinstance(first, str) else None
-    return convolution.in_channels if isinstance(convolution, nn.Conv2d) else None
+    if not isinstance(convolution, nn.Conv2d):
+        return None
+    folded = [part.bs**2 for part in parts.values() if type(part).__name__ == "SpaceToDepth"]  # TResNet's stem
+    return convolution.in_channels // (folded[0] if folded else 1)
 
 
 def _classes(module: nn.Module) -> tuple[str, ...] | None:

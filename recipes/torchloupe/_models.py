@@ -77,7 +77,7 @@ def wrap(
     scaled to [0, 1], and normalised with `mean` and `std` if given. output: which tensor of a tuple or dict output
     holds the logits, an index, a key or a function; of a detector, a function that gives for each image a dict of
     `boxes [D, 4]` (left, top, right, bottom), `labels [D]` and `scores [D]`. layouts: the `Layout` of layers that are
-    inferred wrongly, None for one that gives no map of the image. prefix: class and register tokens before the grid.
+    inferred wrongly, None for modules that give no map of the image. prefix: class and register tokens before the grid.
     """
     if not isinstance(module, nn.Module):
         raise BadInput(f"wrap takes a torch.nn.Module; got {type(module).__name__}")

@@ -138,6 +138,7 @@ class Handle:
         if self.spec.classifier in layers:
             return f"{self.spec.classifier}.in"
         backwards = [layer for layer in reversed(layers.values()) if layer.layout]
+        backwards = [layer for layer in backwards if trace.leads(layer.name)] or backwards  # no side branch
         weighted = next((layer for layer in backwards if self._has_weights(layer)), None)
         if weighted and weighted.channels == outputs and self._classifies(weighted):
             return f"{weighted.name}.in"
@@ -231,12 +232,14 @@ class Handle:
             raise NotApplicable(f"no spatial layer{place}; use a method that reads the input's gradient, as saliency")
         if before is None and trace.form == "maps":
             return self._bottleneck(candidates, shape)
-        if limit is None and not any(layer.layout and layer.layout.prefix for layer in trace.layers.values()):
+        prefixed = any(layer.layout and layer.layout.prefix for layer in trace.layers.values())
+        if not prefixed and trace.leads(candidates[0].name, before):
             return candidates[0].name
         key = ("features", before, *self._key(shape))
         if key not in self._kept:
+            leading = [layer for layer in candidates if trace.leads(layer.name, before)] or candidates
             # The classifier's input, not its output: a freshly made head may be all zeros.
-            self._kept[key] = self._reaching(before or self.embedding_at(shape), candidates[:24], shape)
+            self._kept[key] = self._reaching(before or self.embedding_at(shape), leading[:24], shape)
         name: str = self._kept[key]
         return name
 

@@ -25,7 +25,7 @@ MAIN = ("logits", "out")  # of a dict with more than one tensor; torchvision's s
 
 def logits(output: Any, selector: OutputSelector | None = None) -> Tensor:
     """The tensor `[N, K]` of a model's output; one number for each image is one column."""
-    found = _selected(output, selector)
+    found = selected(output, selector)
     if not isinstance(found, Tensor):
         raise NotApplicable(
             "the model gives detections, not logits [N, K]; ask about one, "
@@ -47,7 +47,7 @@ def logits(output: Any, selector: OutputSelector | None = None) -> Tensor:
 
 def class_maps(output: Any, selector: OutputSelector | None = None) -> Tensor:
     """The tensor `[N, K, H, W]` of a segmentation model's output."""
-    found = _selected(output, selector)
+    found = selected(output, selector)
     if not isinstance(found, Tensor) or found.ndim != 4:
         given = f"has shape {list(found.shape)}" if isinstance(found, Tensor) else "is detections"
         raise NotApplicable(
@@ -59,7 +59,7 @@ def class_maps(output: Any, selector: OutputSelector | None = None) -> Tensor:
 
 def detections(output: Any, selector: OutputSelector | None = None) -> Detections:
     """The detections in each image."""
-    found = _selected(output, selector)
+    found = selected(output, selector)
     if isinstance(found, Tensor):
         raise NotApplicable(
             f"a box's score needs a detector, whose output is a dict of {', '.join(BOX_FIELDS)} for each image; this "
@@ -70,13 +70,13 @@ def detections(output: Any, selector: OutputSelector | None = None) -> Detection
 
 def form_of(output: Any, selector: OutputSelector | None = None) -> tuple[Form, int | None]:
     """What the output holds, and K where it has one."""
-    found = _selected(output, selector)
+    found = selected(output, selector)
     if not isinstance(found, Tensor):
         return "detections", None
     return ("maps", found.shape[1]) if found.ndim == 4 else ("logits", logits(found).shape[1])
 
 
-def _selected(output: Any, selector: OutputSelector | None) -> Tensor | Detections:
+def selected(output: Any, selector: OutputSelector | None) -> Tensor | Detections:
     """The tensor or the detections that a selector, or else the output's own form, points at."""
     if callable(selector):
         output = selector(output)

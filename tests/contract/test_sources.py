@@ -108,7 +108,7 @@ def test_orientation_sees_exchanged_rows_and_columns() -> None:
 
     torch.manual_seed(0)
     handle = tl.wrap(Turned().eval(), input_size=(3, 32, 32))
-    _require_failure("orientation", tl.checks.source(handle), "moves in its quadrant")
+    _require_failure("orientation", tl.checks.source(handle), "does not move most in its upper right quarter")
 
 
 @pytest.mark.parametrize(

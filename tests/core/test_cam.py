@@ -230,7 +230,7 @@ def test_a_layer_the_target_does_not_depend_on_is_refused() -> None:
             self.side(x)
             return logits
 
-    with pytest.raises(NotApplicable, match="does not depend on layer 'side'; name another with layer="):
+    with pytest.raises(NotApplicable, match="does not depend on layer 'side'; layer='body' would work"):
         tl.explain(wrapped(Branch()), X, target=1, layer="side")
 
 

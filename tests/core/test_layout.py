@@ -98,7 +98,8 @@ def test_tokens_take_the_grid_of_the_latest_map_that_fits() -> None:
     assert found(25) == Layout("tokens", 8, (4, 6), 1)
     assert found(29) == Layout("tokens", 8, (4, 6), 5)
     assert found(29, 5) == Layout("tokens", 8, (4, 6), 5)
-    assert found(29, 1) == Layout("tokens", 8, (4, 7), 1)  # another grid, since one class token is stated
+    assert found(29, 1) is None  # one class token is stated, and 4 by 7 is no part of any grid before
+    assert found(7, 1) == Layout("tokens", 8, (2, 3), 1)  # every second row and column of the latest
     assert found(27, 1) is None
     assert found(96) == Layout("tokens", 8, (8, 12), 0)
     assert found(97, 1) == Layout("tokens", 8, (8, 12), 1)

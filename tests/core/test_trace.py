@@ -46,7 +46,11 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, int, tuple[int, int], str, int
         {"img_size": 64, "depth": 2},
         ("blocks.1.norm1", 192, (4, 4), "tokens", 2, "head.in"),
     ),
-    ("timm/cait_xxs24_224", {"img_size": 64, "depth": 2}, ("blocks", 192, (4, 4), "tokens", 0, "head.in")),
+    (
+        "timm/cait_xxs24_224",
+        {"img_size": 64, "depth": 2},
+        ("blocks_token_only.1.norm1", 192, (4, 4), "tokens", 1, "head.in"),
+    ),
     ("timm/coat_lite_tiny", {}, ("serial_blocks4.1.norm1", 320, (7, 7), "tokens", 1, "head.in")),
     ("timm/pit_ti_224", {}, ("transformers.2.blocks.3.norm1", 256, (7, 7), "tokens", 1, "head.in")),
     ("timm/volo_d1_224", {}, ("post_network.1.norm1", 384, (14, 14), "tokens", 1, "head.in")),

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchloupe_core.checks.trial import Source
 from torchloupe_core.errors import NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.layout import to_map
 from torchloupe_core.targets import layer as whole_layer
-from torchloupe_core.trace import BATCH, Layer, is_inside_attention
-from torchloupe_core.watch import Watch, hooked
+from torchloupe_core.trace import Layer, is_inside_attention
 
 __all__ = ["CHECKS"]
 
 Check = Callable[[Source], None]
 
 CAM_TOLERANCE = 1e-3  # of the largest logit
-CORNER = 4  # the share of each side that is changed to see where a map moves
 
 CHECKS: dict[str, Check] = {}
 
@@ -33,16 +31,7 @@ def _check(function: Check) -> Check:
 @_check
 def forward_order(source: Source) -> None:
     """`layers` are the modules that run, in the order in which they finish for the last time."""
-    finished: dict[str, None] = {}
-
-    def leave(name: str, module: nn.Module, output: object) -> None:
-        finished.pop(name, None)
-        finished[name] = None
-
-    parts = {name: part for name, part in source.handle.module.named_modules() if name}
-    with source.handle.borrow(), hooked(parts, None, leave):
-        source.handle.module(_inputs(source).clone())
-    listed = list(source.handle.trace(source.shape).layers)
+    finished, listed = source.survey.order, list(source.handle.trace(source.shape).layers)
     source.require(bool(listed), "no layers")
     wrong = next((pair for pair in zip(listed, finished, strict=False) if pair[0] != pair[1]), None)
     source.require(
@@ -55,42 +44,25 @@ def forward_order(source: Source) -> None:
 @_check
 def maps(source: Source) -> None:
     """Every spatial layer gives the `[N, C, h, w]` it states, for a batch unlike the one it was traced with."""
-    inputs = _inputs(source)
-    if len(inputs) == BATCH:
-        inputs = torch.cat([inputs, inputs[:1]])
-    spatial = _spatial(source.handle, source)
-    source.require(bool(spatial), "no spatial layer")
-    with source.handle.watch(*spatial, through=True, shape=source.shape) as watch:
-        watch(inputs)
-        for name, stating in spatial.items():
-            stated = (len(inputs), stating.channels, *(stating.size or ()))
-            found = _shape_of(watch, name)
-            source.require(found == stated, f"layer {name!r} states a map of {list(stated)} and gives {found}")
+    source.require(bool(source.survey.sights), "no spatial layer")
+    for seen in source.survey.sights:
+        layer, stated = seen.layer, (source.survey.images, seen.layer.channels, *(seen.layer.size or ()))
+        found = seen.shape or f"none at all ({seen.problem})"
+        source.require(found == stated, f"layer {layer.name!r} states a map of {list(stated)} and gives {found}")
 
 
 @_check
 def orientation(source: Source) -> None:
-    """Where the image changes, the map changes: the first layer of each layout has its rows and columns right."""
-    handle, inputs = source.handle, _inputs(source)[:1]
-    first: dict[object, str] = {}
-    for name, found in _spatial(handle, source).items():
-        if found.layout and min(found.layout.grid) > 1:
-            first.setdefault((found.layout.order, found.layout.prefix), name)
-    rows, columns = inputs.shape[2] // CORNER, inputs.shape[3] // CORNER
-    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        changed = inputs.clone()
-        top, left = row * (inputs.shape[2] - rows), column * (inputs.shape[3] - columns)
-        changed[:, :, top : top + rows, left : left + columns] += 1
-        with handle.watch(*first.values(), shape=source.shape) as watch:
-            watch(torch.cat([inputs, changed]))
-            for name in first.values():
-                before, after = watch.map(name)
-                moved = _quadrant((after - before).abs().sum(0))
-                source.require(
-                    moved == (row, column),
-                    f"the map of {name!r} ({handle.layer(name, source.shape).layout}) moves in its quadrant {moved} "
-                    f"when the image changes in its corner {(row, column)}; state its layout with layouts=",
-                )
+    """Where the image changes, every spatial layer's map changes: rows, columns and tokens are in their places."""
+    wrong = next((seen for seen in source.survey.sights if seen.misplaced), None)
+    if wrong is not None:
+        rows, columns = ("upper", "lower"), ("left", "right")
+        lower, right = wrong.misplaced or (0, 0)
+        source.require(
+            False,
+            f"the map of {wrong.layer.name!r} ({wrong.layer.layout}) does not move most in its {rows[lower]} "
+            f"{columns[right]} quarter when the image changes there; state its layout with layouts=",
+        )
 
 
 @_check
@@ -135,7 +107,7 @@ def predicts(source: Source) -> None:
 
 @_check
 def units(source: Source) -> None:
-    """A channel and a neuron in the middle of the model can be scored, and are what the map shows there."""
+    """A channel and a neuron in the middle of the model can be scored and explained, and are what the map shows."""
     spatial = _spatial(source.handle, source)
     source.require(bool(spatial), "no spatial layer")
     name = list(spatial)[len(spatial) // 2]
@@ -143,10 +115,13 @@ def units(source: Source) -> None:
     with source.handle.watch(name, shape=source.shape) as watch:
         watch(inputs)
         values = watch.map(name)
-    for target, expected in ((f"{text}:0", values[:, 0].mean((1, 2))), (f"{text}:0@0,0", values[:, 0, 0, 0])):
+    unit = int(values.abs().mean((0, 2, 3)).argmax())  # rectifiers make many that say nothing
+    channel = values[:, unit]
+    for target, expected in ((f"{text}:{unit}", channel.mean((1, 2))), (f"{text}:{unit}@0,0", channel[:, 0, 0])):
         scores = source.handle.score(inputs, target)
         close = torch.allclose(scores, expected.cpu(), rtol=1e-3, atol=1e-3 * float(values.abs().max()))
         source.require(close, f"{target} scores {scores.tolist()}; its map says {expected.tolist()}")
+    _telling(source, "saliency", f"{text}:{unit}")
 
 
 @_check
@@ -168,17 +143,17 @@ def cam(source: Source) -> None:
 @_check
 def grad_cam(source: Source) -> None:
     """Grad-CAM is finite and says something about each image."""
-    _telling(source, "grad_cam")
+    _telling(source, "grad_cam", _asked(source))
 
 
 @_check
 def saliency(source: Source) -> None:
     """So is the gradient with respect to the input."""
-    _telling(source, "saliency")
+    _telling(source, "saliency", _asked(source) or "logit:0")
 
 
-def _telling(source: Source, method: str) -> None:
-    found = source.explain(source.handle, source.inputs, method=method, target=_asked(source), progress=False)
+def _telling(source: Source, method: str, target: str | None) -> None:
+    found = source.explain(source.handle, source.inputs, method=method, target=target, progress=False)
     source.require(bool(found.values.isfinite().all()), f"{found.method} holds NaN or infinity")
     empty = [index for index, one in enumerate(found.values) if not one.any()]
     source.require(not empty, f"{found.method} is zero everywhere for image {', '.join(map(str, empty))}")
@@ -192,13 +167,6 @@ def _spatial(handle: Handle, source: Source) -> dict[str, Layer]:
     return {name: found for name, found in handle.trace(source.shape).layers.items() if found.spatial}
 
 
-def _shape_of(watch: Watch, name: str) -> tuple[int, ...] | str:
-    try:
-        return tuple(watch.map(name).shape)
-    except (RuntimeError, IndexError) as error:
-        return f"none at all ({error})"
-
-
 def _weighed(tensor: Tensor) -> Tensor:
     """The sum of a tensor's values, each times a random number."""
     return (tensor * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)).sum()
@@ -210,11 +178,3 @@ def _asked(source: Source) -> str | None:
     classifier = source.handle.module.get_submodule(end.removesuffix(".in"))
     weight = getattr(classifier, "weight", None)
     return str(whole_layer(end)) if isinstance(weight, Tensor) and not weight.any() else None
-
-
-def _quadrant(moved: Tensor) -> tuple[int, int]:
-    """Where a map `[h, w]` moved most: the upper or lower half, the left or right one."""
-    height, width = moved.shape
-    upper, lower = moved[: height // 2].mean(), moved[-(height // 2) :].mean()
-    left, right = moved[:, : width // 2].mean(), moved[:, -(width // 2) :].mean()
-    return int(lower > upper), int(right > left)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchloupe_core import registry
+from torchloupe_core.checks.survey import Survey, survey
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.registry import Method
@@ -111,6 +112,11 @@ class Source:
     def shape(self) -> Shape:
         """(C, H, W) of the inputs."""
         return self.inputs.shape[1], self.inputs.shape[2], self.inputs.shape[3]
+
+    @functools.cached_property
+    def survey(self) -> Survey:
+        """What each layer gives for the first image and four changes of it."""
+        return survey(self.handle, self.handle.inputs(self.inputs)[:1])
 
     def require(self, holds: bool, problem: str) -> None:
         """Raises `AssertionError` unless `holds`."""
