@@ -22,6 +22,7 @@ METHODS = {
     ("explain", "ablation_cam"): _CAM_MASKS,
     ("explain", "score_cam"): _CAM_MASKS,
     ("explain", "rise"): "torchloupe_core.methods.rise",
+    ("explain", "sobol"): "torchloupe_core.methods.sobol",
     ("explain", "captum.saliency"): _CAPTUM,
     ("explain", "captum.input_x_gradient"): _CAPTUM,
     ("explain", "captum.integrated_gradients"): _CAPTUM,
