@@ -25,6 +25,7 @@ METHODS = {
     ("explain", "attention_rollout"): _ATTENTION,
     ("explain", "score_cam"): _CAM_MASKS,
     ("explain", "rise"): "torchloupe_core.methods.rise",
+    ("explain", "sobol"): "torchloupe_core.methods.sobol",
     ("explain", "captum.saliency"): _CAPTUM,
     ("explain", "captum.input_x_gradient"): _CAPTUM,
     ("explain", "captum.integrated_gradients"): _CAPTUM,

@@ -18,7 +18,7 @@ from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
 from torchloupe_core.query import Query
 from torchloupe_core.registry import Method
-from torchloupe_core.results import Attribution
+from torchloupe_core.results import Attribution, texts
 from torchloupe_core.spec import OutputSelector
 from torchloupe_core.targets import Bound, Target, TargetLike, as_targets, logit
 
@@ -83,11 +83,14 @@ def explain(
         values=values,
         images=handle.spec.display(inputs),
         scores=scores.detach().float().cpu(),
-        target=_texts(asked),
+        target=texts(asked),
         layer=found.layer,
         signed=way.signed,
         per_channel=None if found.per_channel is None else found.per_channel.detach().float().cpu(),
         diagnostics=dict(found.diagnostics),
+        standard_error=None if found.standard_error is None else found.standard_error.detach().float().cpu(),
+        outputs=found.outputs,
+        classes=None if found.outputs is None else handle.classes,
     )
 
 
@@ -107,11 +110,6 @@ def _require_detections(targets: Sequence[Bound], scores: torch.Tensor) -> None:
     missed = [index for index, one in enumerate(targets) if one.detects and not scores[index]]
     if missed:
         raise BadInput(f"nothing is detected that fits {targets[missed[0]].target}, in image {missed[0]}")
-
-
-def _texts(targets: Sequence[Target]) -> str | tuple[str, ...]:
-    texts = tuple(map(str, targets))
-    return texts[0] if len(set(texts)) == 1 else texts
 
 
 def _versions(way: Method) -> dict[str, str]:

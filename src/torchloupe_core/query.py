@@ -26,13 +26,17 @@ class Map:
 
     per_channel: `[N, C, H, W]`, the share of each input channel, where the method gives one. layer: the layer it read.
     scores: the target's value for each image `[N]`, where the method came by it; it saves a forward pass.
-    diagnostics: numbers a user needs to judge the map, as `completeness_gap`.
+    diagnostics: numbers a user needs to judge the map, as `completeness_gap`; a list holds one entry for each image.
+    standard_error: of the values, `[N, h, w]`, where the method samples. outputs: the model's output for each image and
+    its variants, `[N, 1 + n, K]`, where the method keeps them.
     """
 
     values: Tensor
     per_channel: Tensor | None = None
     layer: str | None = None
     scores: Tensor | None = None
+    standard_error: Tensor | None = None
+    outputs: Tensor | None = None
     diagnostics: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -98,6 +102,11 @@ class Query:
         """
         chosen = range(len(self.targets)) if images is None else torch.as_tensor(images).tolist()
         return finite(self._read(inputs, [self.targets[index] for index in chosen]))
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """The model's output for each input, `[n, K]`, from one forward pass."""
+        with self.handle.watch(shape=self.shape) as watch:
+            return self.handle.logits(watch(inputs))
 
     def _read(self, inputs: Tensor, targets: Sequence[Bound]) -> Tensor:
         """The targets' values; without a graph to hold together, in halves if the memory does not suffice."""

@@ -34,7 +34,8 @@ class Method:
     """One way to answer a verb.
 
     needs: what the model must have, in the words of `tags.NEEDS`. cost: in forward and backward passes per image.
-    random: whether the result depends on the seed. signed: whether negative values mean evidence against.
+    random: whether the result depends on the seed. signed: whether negative values mean evidence against. again: for a
+    method that keeps the model's outputs, the map that a result of its gets from other scores, `[N, n]`, of its run.
     """
 
     verb: str
@@ -46,6 +47,7 @@ class Method:
     paper: str = ""
     random: bool = False
     signed: bool = True
+    again: Callable[..., Any] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,12 +79,13 @@ def method(
     paper: str = "",
     random: bool = False,
     signed: bool = True,
+    again: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a way to answer `verb`. A name that has an owner already raises."""
 
     def register(function: F) -> F:
         backend = name.split(".")[0] if "." in name else "native"
-        entry = Method(verb, name, backend, function, needs, cost, paper, random, signed)
+        entry = Method(verb, name, backend, function, needs, cost, paper, random, signed, again)
         owner = _registered.get((verb, name))
         if owner is not None and owner.run.__module__ != function.__module__:
             raise BadInput(f"{verb} method {name!r} is registered by {owner.run.__module__} already")

@@ -11,10 +11,11 @@ import io
 import json
 import os
 import tempfile
+import time
 import zipfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchloupe_core.errors import BadInput, StoreError
+from torchloupe_core.errors import BadInput, NotApplicable, StoreError
+from torchloupe_core.recorded import Outputs
+from torchloupe_core.targets import Target, TargetLike, as_targets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +106,10 @@ class Attribution(Result):
     images: `[N, 3, H, W]` in [0, 1], what the model was shown. scores: the target's value for each image, `[N]`.
     target: its canonical text, or one text for each image. layer: the layer read, None for methods on the input.
     per_channel: `[N, C, H, W]`, the share of each input channel, where the method gives one.
-    signed: whether negative values mean evidence against. diagnostics: what the method knows of its own quality.
+    signed: whether negative values mean evidence against. diagnostics: what the method knows of its own quality; a list
+    holds one entry for each image. standard_error: `[N, h, w]`, of the values, where the method samples.
+    outputs: `[N, 1 + n, K]` float32, the model's output for each image itself and its n variants, where they were kept
+    for `of`; classes: their names.
     """
 
     values: Tensor
@@ -114,6 +120,9 @@ class Attribution(Result):
     signed: bool = True
     per_channel: Tensor | None = None
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    standard_error: Tensor | None = None
+    outputs: Tensor | None = None
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -121,12 +130,16 @@ class Attribution(Result):
     def __getitem__(self, index: int) -> Attribution:
         """The attribution of one image."""
         index = range(len(self))[index]
-        per_image = {"values", "images", "scores", "per_channel"}
+        per_image = {"values", "images", "scores", "per_channel", "standard_error", "outputs"}
         changes: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         for name in per_image:
             if changes[name] is not None:
                 changes[name] = changes[name][index : index + 1]
         changes["target"] = self.targets[index]
+        changes["diagnostics"] = {
+            name: value[index : index + 1] if isinstance(value, list) else value
+            for name, value in self.diagnostics.items()
+        }
         return Attribution(**changes)
 
     @property
@@ -138,6 +151,33 @@ class Attribution(Result):
     def size(self) -> tuple[int, int]:
         """(H, W) of the images."""
         return self.images.shape[2], self.images.shape[3]
+
+    def of(self, target: TargetLike | Sequence[TargetLike]) -> Attribution:
+        """The attribution of another target that reads the model's output, from the same run: no forward pass.
+
+        For a method asked with `classes=True`. Its seconds are those of this step. Raises `NotApplicable`.
+        """
+        from torchloupe_core import registry
+
+        again = registry.find("explain", self.method).again
+        if self.outputs is None or again is None:
+            raise NotApplicable(
+                "this result holds no outputs of the model to answer from; rise and sobol keep them with classes=True"
+            )
+        begun, asked = time.perf_counter(), as_targets(target, len(self))
+        kept = [Outputs(one, self.classes) for one in self.outputs]
+        scores = torch.stack([one.score(target) for one, target in zip(kept, asked, strict=True)])  # [N, 1 + n]
+        found = again(self, scores[:, 1:])
+        return replace(
+            self,
+            values=found.values,
+            standard_error=found.standard_error,
+            diagnostics=dict(found.diagnostics),
+            scores=scores[:, 0],
+            target=texts(asked),
+            seconds=time.perf_counter() - begun,
+            forwards=0,
+        )
 
     def upsample(self) -> Tensor:
         """`[N, H, W]`: the values at the images' resolution, bilinearly."""
@@ -189,6 +229,12 @@ class Attribution(Result):
         from torchloupe_core import plots
 
         return plots.overlay(self, alpha=alpha)
+
+
+def texts(targets: Sequence[Target]) -> str | tuple[str, ...]:
+    """The canonical text of each image's target, or one text if they are the same."""
+    found = tuple(map(str, targets))
+    return found[0] if len(set(found)) == 1 else found
 
 
 def open_result(path: str | os.PathLike[str]) -> Result:

@@ -74,6 +74,18 @@ def is_larger_than_the_image(query: Query) -> Map:
     return Map(gradients(query).sum(1).repeat(1, 2, 1))
 
 
+@mutant("shapes", "standard_error is not")
+def is_sure_of_the_batch_alone(query: Query) -> Map:
+    values = gradients(query).sum(1)
+    return Map(values, standard_error=values.abs().mean(0))
+
+
+@mutant("shapes", "standard_error is not")
+def is_more_than_sure(query: Query) -> Map:
+    values = gradients(query).sum(1)
+    return Map(values, standard_error=values)
+
+
 @mutant("shapes", "per_channel has shape")
 def gives_one_share_for_all_channels(query: Query) -> Map:
     return Map(gradients(query).sum(1), gradients(query).sum(1))

@@ -15,6 +15,7 @@ from torchloupe_core.specimens import SPECIMENS
 # Small options for costly methods.
 OPTIONS = {
     "rise": {"n_masks": 16},
+    "sobol": {"cells": 3, "n_designs": 8, "baseline": 30.0},  # shares of a variance as small as rounding are rounding
     "captum.integrated_gradients": {"steps": 4},
     "captum.lime": {"n_samples": 30, "n_segments": 8},
     "captum.occlusion": {"window": 8, "stride": 8},

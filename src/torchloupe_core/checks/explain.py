@@ -65,6 +65,9 @@ def shapes(trial: Trial) -> None:
     shares = found.per_channel
     right = shares is None or tuple(shares.shape) == (n, channels, height, width)
     trial.require(right, f"per_channel has shape {shares if shares is None else list(shares.shape)}, not [N, C, H, W]")
+    error = found.standard_error
+    right = error is None or (error.shape == values.shape and error.dtype == torch.float32 and bool((error >= 0).all()))
+    trial.require(right, "standard_error is not a float32 map of the values' shape, nowhere negative")
     held = [name for name in ("values", "scores", "images") if getattr(found, name).requires_grad]
     trial.require(not held, f"{', '.join(held)} hold on to a graph")
 
