@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchloupe import checks, errors
+    from torchloupe._activations import activations
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
     from torchloupe._tables import methods
+    from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
+    from torchloupe_core.activations import Activations
+    from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
     from torchloupe_core.results import Attribution
@@ -41,11 +45,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activations",
     "Attribution",
+    "Filters",
     "Handle",
     "Layout",
     "Spec",
     "Target",
+    "activations",
     "channel",
     "checks",
     "demo_scenes",
@@ -62,15 +69,19 @@ __all__ = [
     "open",
     "prob",
     "target",
+    "weights",
     "wrap",
 ]
 
 _TARGETS = "torchloupe_core.targets"
 _HOMES = {
+    "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
+    "Filters": "torchloupe_core.filters",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
     "Spec": "torchloupe_core.spec",
+    "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "errors": "torchloupe.errors:",
@@ -79,6 +90,7 @@ _HOMES = {
     "methods": "torchloupe._tables",
     "open": "torchloupe_core.results:open_result",
     "target": f"{_TARGETS}:parse",
+    "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",
     **dict.fromkeys(
         ("Target", "channel", "direction", "interpolate", "layer", "logit", "margin", "neuron", "prob"), _TARGETS
