@@ -34,7 +34,11 @@ HOMES = {
     "tqdm": {"torchloupe_adapters/tqdm.py"},
     "safetensors": {"torchloupe_adapters/checkpoint.py"},
     "jinja2": {"torchloupe_adapters/jinja2.py"},
-    "click": {"torchloupe/cli.py", "torchloupe_adapters/demo/train.py"},  # each a command of its own
+    "click": {
+        "torchloupe/cli.py",
+        "torchloupe/cli_looking.py",
+        "torchloupe_adapters/demo/train.py",
+    },  # each a command of its own
     "matplotlib": {"torchloupe_core/plots.py"},
 }
 

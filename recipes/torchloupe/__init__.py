@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchloupe import checks, errors
+    from torchloupe._activations import activations
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
     from torchloupe._tables import methods
+    from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
+    from torchloupe_core.activations import Activations
+    from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
     from torchloupe_core.results import Attribution
@@ -45,11 +49,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activations",
     "Attribution",
+    "Filters",
     "Handle",
     "Layout",
     "Spec",
     "Target",
+    "activations",
     "box_score",
     "channel",
     "checks",
@@ -70,15 +77,19 @@ __all__ = [
     "sigmoid",
     "similarity",
     "target",
+    "weights",
     "wrap",
 ]
 
 _TARGETS = "torchloupe_core.targets"
 _HOMES = {
+    "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
+    "Filters": "torchloupe_core.filters",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
     "Spec": "torchloupe_core.spec",
+    "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "errors": "torchloupe.errors:",
@@ -87,6 +98,7 @@ _HOMES = {
     "methods": "torchloupe._tables",
     "open": "torchloupe_core.results:open_result",
     "target": f"{_TARGETS}:parse",
+    "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",
     **dict.fromkeys(("Target", "channel", "direction", "interpolate", "layer", "neuron"), _TARGETS),
     **dict.fromkeys(("box_score", "logit", "margin", "prob", "region", "sigmoid", "similarity"), _TARGETS),

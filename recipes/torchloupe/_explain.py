@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,12 +10,12 @@ from typing import Any
 import torch
 
 from torchloupe._models import ModelLike, opened
+from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
 from torchloupe_core.query import Query
-from torchloupe_core.registry import Method
 from torchloupe_core.results import Attribution, texts
 from torchloupe_core.spec import OutputSelector
 from torchloupe_core.targets import Bound, Target, TargetLike, as_targets, logit
@@ -78,7 +76,7 @@ def explain(
         seed=seed,
         seconds=time.perf_counter() - begun,
         forwards=handle.forwards - forwards,
-        versions=_versions(way),
+        versions=versions(way.backend),
         options={**way.options, **options},
         values=values,
         images=handle.spec.display(inputs),
@@ -110,12 +108,3 @@ def _require_detections(targets: Sequence[Bound], scores: torch.Tensor) -> None:
     missed = [index for index, one in enumerate(targets) if one.detects and not scores[index]]
     if missed:
         raise BadInput(f"nothing is detected that fits {targets[missed[0]].target}, in image {missed[0]}")
-
-
-def _versions(way: Method) -> dict[str, str]:
-    packages = ["torchloupe", "torch"] + ([way.backend] if way.backend != "native" else [])
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a backend need not be a distribution
-            found[name] = importlib.metadata.version(name)
-    return found

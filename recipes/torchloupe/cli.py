@@ -342,3 +342,6 @@ def _table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
         cells = [textwrap.wrap(cell, size) for cell, size in zip(row, widths, strict=True)]
         lines += ["  ".join(map(str.ljust, parts, widths)) for parts in itertools.zip_longest(*cells, fillvalue="")]
     return "\n".join(line.rstrip() for line in lines)
+
+
+from torchloupe import cli_looking  # noqa: E402, F401  (commands of their own file, which need what is above)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable
 from functools import singledispatch
@@ -15,7 +16,7 @@ from torchloupe_core.results import Attribution, Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["colours", "figure", "overlay", "png", "scale", "show"]
+__all__ = ["blended", "colour_bar", "colours", "draw", "escaped", "figure", "overlay", "png", "scale", "show"]
 
 MOST_ROWS = 12
 SIGNED, POSITIVE = "RdBu_r", "viridis"  # diverging around zero; perceptually uniform
@@ -26,14 +27,14 @@ def show(result: Result, **options: Any) -> tuple[Any, Any]:
     """Draws a result into a new pyplot figure; returns `(figure, axes)`."""
     import matplotlib.pyplot as plt
 
-    return _draw(result, lambda **size: plt.figure(**size), **options)
+    return _drawn(result, lambda **size: plt.figure(**size), **options)
 
 
 def figure(result: Result, **options: Any) -> Figure:
     """The drawing of a result, outside pyplot."""
     from matplotlib.figure import Figure
 
-    drawn: Figure = _draw(result, lambda **size: Figure(**size), **options)[0]
+    drawn: Figure = _drawn(result, lambda **size: Figure(**size), **options)[0]
     return drawn
 
 
@@ -49,7 +50,7 @@ def overlay(attribution: Attribution, *, alpha: float = 0.6) -> Tensor:
     values = attribution.upsample()
     images = attribution.images.mean(1, keepdim=True).expand(-1, 3, -1, -1)  # grey, so that colour means the map
     signed = is_signed(attribution)
-    return torch.stack([_over(image, one, signed, alpha) for image, one in zip(images, values, strict=True)])
+    return torch.stack([blended(image, one, signed, alpha) for image, one in zip(images, values, strict=True)])
 
 
 def scale(values: Tensor, signed: bool) -> tuple[float, float]:
@@ -61,11 +62,11 @@ def scale(values: Tensor, signed: bool) -> tuple[float, float]:
     return (low, high) if not flat else (low - 1.0, low + 1.0) if signed else (low, low + 1.0)
 
 
-def colours(values: Tensor, signed: bool) -> Tensor:
-    """`[3, H, W]` in [0, 1]: a map in its colours."""
+def colours(values: Tensor, signed: bool, ends: tuple[float, float] | None = None) -> Tensor:
+    """`[3, H, W]` in [0, 1]: a map in its colours. ends: the values at their two ends, its own unless given."""
     import matplotlib
 
-    low, high = scale(values, signed)
+    low, high = ends or scale(values, signed)
     position = ((values - low) / (high - low)).clamp(0, 1)
     rgb = torch.from_numpy(matplotlib.colormaps[SIGNED if signed else POSITIVE](position.numpy()))
     return rgb[..., :3].permute(2, 0, 1).float()
@@ -76,26 +77,42 @@ def is_signed(attribution: Attribution) -> bool:
     return attribution.signed and bool((attribution.values < 0).any())
 
 
-def _over(image: Tensor, values: Tensor, signed: bool, alpha: float) -> Tensor:
+def blended(image: Tensor, values: Tensor, signed: bool, alpha: float) -> Tensor:
+    """`[3, H, W]`: a map in colour over a picture of its size, on its own scale; where it is signed, zero is clear."""
     strength = torch.full_like(values, alpha)
     if signed:  # zero is neutral: let the image through there
         strength = alpha * (values.abs() / scale(values, signed)[1]).clamp(0, 1).sqrt()
     return image * (1 - strength) + colours(values, signed) * strength
 
 
+def colour_bar(drawing: Any, axes: Any, ends: tuple[float, float], signed: bool, **size: Any) -> None:
+    """The colours and the values they stand for, beside the axes."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    shades = ScalarMappable(Normalize(*ends), SIGNED if signed else POSITIVE)
+    bar = drawing.colorbar(shades, ax=axes, **{"fraction": 0.046, "pad": 0.03, **size})
+    bar.ax.tick_params(labelsize=7)
+    bar.formatter.set_powerlimits((-2, 3))
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)
+
+
+def _drawn(result: Result, new_figure: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+    importlib.import_module(result.drawings)  # which registers how this kind is drawn
+    return draw(result, new_figure, **options)
+
+
 @singledispatch
-def _draw(result: Result, new_figure: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+def draw(result: Result, new_figure: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+    """The figure and its axes; a kind of result registers its own here."""
     raise TypeError(f"{type(result).__name__} has no drawing")
 
 
-@_draw.register
+@draw.register
 def _draw_attribution(
     attribution: Attribution, new_figure: Callable[..., Any], *, alpha: float = 0.6, most: int = MOST_ROWS
 ) -> tuple[Any, Any]:
     """One row an image: what the model was shown, and the map over it with its scale."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
     rows = min(len(attribution), most)
     drawing = new_figure(figsize=(6.4, 0.15 + 3.05 * rows), layout="constrained")
     axes = drawing.subplots(rows, 2, squeeze=False)
@@ -107,11 +124,7 @@ def _draw_attribution(
         right.imshow(pictures[row].permute(1, 2, 0).numpy())
         left.set_title(_target_title(attribution, row), fontsize=9, loc="left")
         right.set_title(_method_title(attribution), fontsize=9, loc="left")
-        shades = ScalarMappable(Normalize(*scale(attribution.upsample()[row], signed)), SIGNED if signed else POSITIVE)
-        bar = drawing.colorbar(shades, ax=right, fraction=0.046, pad=0.03)
-        bar.ax.tick_params(labelsize=7)
-        bar.formatter.set_powerlimits((-2, 3))
-        bar.ax.yaxis.get_offset_text().set_fontsize(7)
+        colour_bar(drawing, right, scale(attribution.upsample()[row], signed), signed)
         for one in (left, right):
             one.set_axis_off()
     if rows < len(attribution):
@@ -130,4 +143,9 @@ def _method_title(attribution: Attribution) -> str:
 
 def _cut(text: str, most: int = 40) -> str:
     """A text short enough for a title, its dollars no mathematics."""
-    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    return escaped(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def escaped(text: str) -> str:
+    """A text whose dollars are no mathematics."""
+    return text.replace("$", r"\$")

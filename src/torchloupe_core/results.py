@@ -7,6 +7,7 @@ Every result saves itself as one `.npz` file, arrays as they are and everything 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -35,6 +36,9 @@ __all__ = ["Attribution", "Result", "open_result"]
 
 Box = tuple[int, int, int, int]
 
+# Kinds that live in files of their own, read when one of them is opened.
+_HOMES = {"Activations": "torchloupe_core.activations", "Filters": "torchloupe_core.filters"}
+
 _UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 CAM_BOX_THRESHOLD = 0.2  # of the maximum (Zhou 2016, section 3.2)
@@ -49,6 +53,7 @@ class Result:
     """
 
     kinds: ClassVar[dict[str, type[Result]]] = {}
+    drawings: ClassVar[str] = "torchloupe_core.plots"  # the module that draws this kind
 
     method: str
     backend: str
@@ -248,6 +253,8 @@ def open_result(path: str | os.PathLike[str]) -> Result:
         raise StoreError(f"no such file: {path}") from None
     except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not a saved torchloupe result: {error}") from error
+    if kind in _HOMES:
+        importlib.import_module(_HOMES[kind])
     if kind not in Result.kinds:
         raise StoreError(f"{path} holds a {kind!r}, which this version of torchloupe does not know")
     values: dict[str, Any] = {

@@ -1,0 +1,17 @@
+"""Which versions took part in an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+
+__all__ = ["versions"]
+
+
+def versions(backend: str = "native") -> dict[str, str]:
+    """Of this package, of torch, and of the backend that did the work."""
+    found = {}
+    for name in ["torchloupe", "torch"] + ([backend] if backend != "native" else []):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a backend need not be a distribution
+            found[name] = importlib.metadata.version(name)
+    return found
