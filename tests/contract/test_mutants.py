@@ -95,7 +95,7 @@ def test_every_check_has_a_mutant() -> None:
     [
         (lambda entry, given: None, "an unknown option raises TypeError, which no caller expects"),
         (lambda entry, given: given.pop("no_such_option", None), "an unknown option raises nothing"),
-        (lambda entry, given: _refuse(given), "does not list n_masks, cells, p, baseline"),
+        (lambda entry, given: _refuse(given), "does not list n_masks, cells, p, tolerance, baseline"),
     ],
 )
 def test_options_fails(refuse: Callable[..., None], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
 from torchloupe_core.handle import Handle
 from torchloupe_core.methods import rise as module
 from torchloupe_core.methods.rise import RandomMasks
+from torchloupe_core.query import Query
 
 
 def masks(
@@ -333,6 +334,15 @@ def test_a_stable_image_costs_no_more_forwards() -> None:
     assert alone.diagnostics["n_masks"] == [1000]
 
 
+def test_progress_ends_at_the_end() -> None:
+    told: list[tuple[int, int]] = []
+    heard = Query(asked(), X, asked().bind(0, X), progress=lambda done, total: told.append((done, total)))
+    module.rise(heard, n_masks=1000, tolerance=0.9, antithetic=True)
+    assert told == sorted(told)
+    assert (1000, 2000) in told
+    assert told[-1] == (2000, 2000)
+
+
 # -- other targets of the same run ------------------------------------------------------------------------------------
 
 
@@ -405,6 +415,22 @@ def test_the_outputs_are_those_of_the_image_and_its_variants() -> None:
     assert run.outputs.dtype == torch.float32
     assert run.forwards == 2 * 41
     assert of_three().outputs is None
+
+
+def test_outputs_are_whole_where_memory_ends() -> None:
+    class Small(Three):
+        most = 10**6
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    model = tl.wrap(Small(), input_size=SIZE)
+    options: dict[str, Any] = {"target": 0, "method": "rise", "n_masks": 40, "classes": True, "batch_size": 16}
+    roomy = tl.explain(model, X, **options)
+    model.module.most = 3
+    torch.testing.assert_close(tl.explain(model, X, **options).outputs, roomy.outputs)
 
 
 def test_what_was_not_kept_is_not_answered() -> None:

@@ -75,6 +75,7 @@ def rise(
         means.append(mean := Mean(masks))
         for scores in masked.scores(index):
             if mean.add(scores, tolerance):
+                query.progress((index + 1) * n_masks, len(query.inputs) * n_masks)
                 break
         if masked.outputs is not None:
             masked.outputs[index, 1 + mean.used :] = torch.nan  # of masks that did not count
