@@ -137,6 +137,15 @@ def test_a_quantile_of_zero_and_a_threshold_nothing_reaches(scenes: Any) -> None
     assert never.masks is not None and not never.masks.any()
 
 
+def test_a_dead_channel_exceeds_nothing() -> None:
+    handle, inputs = SPECIMENS["plain"]()
+    with torch.no_grad():
+        handle.module.conv1.weight[2], handle.module.conv1.bias[2] = 0, -1
+    for threshold in (0.0, "99%", "0%"):
+        found = tl.activations(handle, inputs, "relu1", channels=2, threshold=threshold)
+        assert found.masks is not None and not found.masks.any()
+
+
 def test_masks_on_tokens() -> None:
     handle, inputs = SPECIMENS["vit_registers"]()
     found = tl.activations(handle, inputs, "blocks.0", channels=[2], threshold="80%")

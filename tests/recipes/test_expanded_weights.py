@@ -48,6 +48,7 @@ def test_two_convolutions_compose() -> None:
     assert (found.images.flatten(2).norm(dim=2).diff(dim=1) <= 0).all()
     facts = found.diagnostics
     assert facts["ignored"] == {"relu": 1, "gelu": 1} and not facts["clipped"]
+    assert tl.weights(model, "4", to="2").diagnostics["ignored"] == {"gelu": 1}  # a ReLU before it is not on the way
     top, left, bottom, right = facts["box"]
     assert (bottom - top, right - left) == (4, 5) == tuple(found.images.shape[2:])
 
@@ -167,6 +168,29 @@ def test_any_bend_that_is_no_rectifier_refuses(bend: Any) -> None:
     with pytest.raises(NotApplicable, match="no fixed weights"):
         tl.weights(model, "2", to="0")
     assert tl.weights(model, "2", to="1").images.shape == (2, 2, 1, 1)
+
+
+def test_a_unit_of_one_channel_and_position_refuses_too() -> None:
+    """Where three draws might all fall on one side of a bend, one of them is the negative of another."""
+
+    class Absolute(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs()
+
+    for size in range(2, 14):
+        net = nn.Sequential(nn.Conv2d(3, 1, 1), Absolute(), nn.Conv2d(1, 1, 1))
+        with pytest.raises(NotApplicable, match="abs"):
+            tl.weights(wrapped(net, (3, size, size)), "2", to="0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_in_double_precision(dtype: torch.dtype) -> None:
+    convolutions = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 32, 3), nn.Conv2d(32, 4, 3)]
+    model = wrapped(nn.Sequential(*convolutions)).to(dtype=dtype)
+    _, a, b = (one.weight.detach().double() for one in model.module)
+    found = tl.weights(model, "2", to="0").in_order()
+    torch.testing.assert_close(found.double(), composed(b, a), atol=4e-6, rtol=1e-7)
+    assert model.dtype == dtype
 
 
 def test_a_gate_from_another_branch_refuses() -> None:

@@ -77,7 +77,9 @@ def test_the_rows_of_the_head_are_named_by_class() -> None:
     assert found.names == (model.classes[3], model.classes[0])
     assert torch.equal(found.inputs, torch.arange(128).expand(2, -1))
     assert torch.equal(found.in_order(), found.images)
-    assert tl.weights(model, "layer4.conv2").names == ()
+    assert tl.weights(model, "layer4.conv2", channels=[3, 0]).names == ()
+    specimen = SPECIMENS["depthwise"]()[0]  # whose classifier is a 1x1 convolution
+    assert tl.weights(specimen, "fc").names == specimen.classes
 
 
 def test_grouped_and_depthwise_filters_name_their_own_input_channels() -> None:

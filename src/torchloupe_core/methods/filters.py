@@ -22,6 +22,7 @@ from torchloupe_core.layout import to_map
 
 __all__ = ["Kernels", "by_norm", "class_names", "own_kernels", "weight_layers"]
 
+INPUT = "input"  # the name of what goes into the model
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -67,9 +68,6 @@ def own_kernels(handle: Handle, layer: str, channels: Sequence[int] | int | None
     return Kernels(weight.contiguous(), inputs.contiguous(), name, chosen, colour, facts)
 
 
-INPUT = "input"
-
-
 def by_norm(images: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Each filter's maps `[F, C, kh, kw]`, those of largest norm first, and their input channels `[F, C]` likewise."""
     order = images.flatten(2).norm(dim=2).argsort(dim=1, descending=True, stable=True)
@@ -109,9 +107,7 @@ def _resolved(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
     if not inside:
         near = sorted(weight_layers(model), key=lambda name: -_shared(name, layer))
         kind = type(parts[layer]).__name__
-        raise NotApplicable(
-            f"layer {layer!r} ({kind}) holds no filters; convolutions and linear layers do: {_few(near)}"
-        )
+        raise NotApplicable(f"layer {layer!r} ({kind}) holds no filters; other layers do: {_few(near)}")
     return next(iter(inside.items()))
 
 
@@ -126,10 +122,9 @@ def _shared(one: str, other: str) -> int:
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")) + 1)
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: Any) -> str:
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} {module.in_features} to {module.out_features}"
-    assert isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
     size = "x".join(map(str, module.kernel_size))
     groups = f", {module.groups} groups" if module.groups > 1 else ""
     return f"{type(module).__name__} {module.in_channels} to {module.out_channels}, {size}{groups}"
@@ -146,7 +141,7 @@ def _per_output(module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight_in_use(module: Any) -> Tensor:
-    """The parameter, or what the layer's own forward makes of it, as weight standardisation does."""
+    """The parameter, or what the forward of a class of its own makes of it, as weight standardisation does."""
     weight: Tensor = module.weight
     if type(module).forward in [kind.forward for kind in WEIGHTED]:
         return weight
@@ -169,8 +164,7 @@ class _Operands(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("conv2d", "conv_transpose2d", "linear"):
-            given = [*args, *(kwargs or {}).values()]
-            self.weights.append(given[1])
+            self.weights.append(args[1] if len(args) > 1 else kwargs["weight"])
         return func(*args, **(kwargs or {}))
 
 
