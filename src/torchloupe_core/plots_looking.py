@@ -82,6 +82,8 @@ def _strongest(values: Tensor, inputs: Tensor, count: int) -> tuple[Tensor, Tens
 def _filters_title(filters: Filters, shown: int, columns: int, largest: float) -> list[str]:
     facts = filters.diagnostics
     head = f"{filters.layer} over {filters.to}" if filters.to else f"{filters.layer} ({facts.get('kind', 'filters')})"
+    if "flattened" in facts:
+        head += f", over the map of {facts['flattened']}, flattened"
     what = f"{_some(shown, len(filters))} {'rows' if filters.images.ndim == 2 else 'filters'}"
     if columns:
         what += f", each with {_some(columns, filters.images.shape[1])} inputs, by weight; numbers are input channels"

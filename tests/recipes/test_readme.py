@@ -11,14 +11,14 @@ import torchloupe as tl
 from torchloupe_core import registry
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+*EXAMPLES, ADAPTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_readme_has_six_examples_and_an_adapter() -> None:
-    assert len(EXAMPLES) == 7
+def test_every_way_to_drop_it_in_has_its_example() -> None:
+    assert re.findall(r"^\*\*(\d+)\.", README, re.MULTILINE) == [str(n + 1) for n in range(len(EXAMPLES))]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(EXAMPLES[number], f"README example {number + 1}", "exec"), {"__name__": "example"})
@@ -26,7 +26,7 @@ def test_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_adapter_runs_and_passes_the_contract() -> None:
     try:
-        exec(compile(EXAMPLES[6], "README adapter", "exec"), {"__name__": "example"})
+        exec(compile(ADAPTER, "README adapter", "exec"), {"__name__": "example"})
         model, batch = tl.load("demo"), tl.demo_scenes(2).images
         result = tl.explain(model, batch, method="mine.gradient_norm", power=2.0)
         assert result.backend == "mine"

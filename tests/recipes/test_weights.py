@@ -165,6 +165,7 @@ def test_a_layer_on_a_flattened_map_is_read_as_maps() -> None:
     model = wrapped(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(4 * 5 * 4, 6))
     found = tl.weights(model, "5")
     assert found.images.shape == (6, 4, 5, 4) and found.diagnostics["flattened"] == "2"
+    assert "over the map of 2, flattened" in found.figure()._suptitle.get_text()
     x = torch.randn(1, 4, 5, 4)
     expected = (found.in_order() * x).sum((1, 2, 3)) + model.module[5].bias
     torch.testing.assert_close(model.module[5](x.flatten(1))[0], expected)
