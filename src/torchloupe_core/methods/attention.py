@@ -90,7 +90,7 @@ def _relevance(query: Query, tokens: Tokens) -> Map:
         scores = finite(pick(reading, query.targets))
         for bound in dict.fromkeys(query.targets):
             _require_one_depth(bound, reading, matrices)
-    gradients = torch.autograd.grad(scores.sum(), matrices, allow_unused=True)
+        gradients = torch.autograd.grad(scores.sum(), matrices, allow_unused=True)
     images = len(scores)
     row = _exact(matrices[-1].new_zeros(images, matrices[-1].shape[-2]))  # [N, L]
     for matrix, gradient in zip(reversed(matrices), reversed(gradients), strict=True):

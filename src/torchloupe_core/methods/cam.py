@@ -190,7 +190,8 @@ def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor, Tensor]:
     scores, raw, reading = query.with_leaf(layer)
     if not scores.requires_grad:
         raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
-    (gradient,) = torch.autograd.grad(scores.sum(), raw, allow_unused=True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(scores.sum(), raw, allow_unused=True)
     layout = query.handle.layer(layer, query.shape).layout
     if gradient is None or layout is None:
         raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
