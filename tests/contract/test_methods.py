@@ -15,9 +15,14 @@ from torchloupe_core.specimens import SPECIMENS
 # Small options for costly methods.
 OPTIONS = {
     "rise": {"n_masks": 16},
+    "captum.feature_ablation": {"n_segments": 8},
+    "captum.gradient_shap": {"n_samples": 4},
     "captum.integrated_gradients": {"steps": 4},
+    "captum.kernel_shap": {"n_samples": 30, "n_segments": 8},
     "captum.lime": {"n_samples": 30, "n_segments": 8},
     "captum.occlusion": {"window": 8, "stride": 8},
+    "captum.smooth_grad": {"n_samples": 4},
+    "captum.var_grad": {"n_samples": 4},
 }
 METHODS = [entry.name for entry in tl.methods("explain")]
 
@@ -25,7 +30,12 @@ METHODS = [entry.name for entry in tl.methods("explain")]
 NO_RELU_MODULES = {"concat", "depthwise", "nhwc", "vit_registers"}
 REFUSED = {
     "cam": {"concat", "vit_registers"},
+    "captum.deconvolution": NO_RELU_MODULES,
+    "captum.deep_lift": NO_RELU_MODULES,
+    "captum.grad_cam": {"nhwc", "vit_registers"},
     "captum.guided_backprop": NO_RELU_MODULES,
+    "captum.lrp": NO_RELU_MODULES | {"residual", "inplace"},
+    "guided_grad_cam": {"depthwise", "nhwc", "vit_registers"},
 }
 
 
