@@ -1,4 +1,4 @@
-"""One file per ecosystem, named after it: the only places that import those ecosystems.
+"""One file or folder per ecosystem, named after it: the only places that import those ecosystems.
 
 The tables below say where built-in methods and model sources ("load", "recognise") live; a module is imported on first
 use.
@@ -13,7 +13,22 @@ __all__ = ["METHODS", "SHORT_NAMES"]
 _ATTENTION = "torchloupe_core.methods.attention"
 _CAM = "torchloupe_core.methods.cam"
 _CAM_MASKS = "torchloupe_core.methods.cam_masks"
-_CAPTUM = "torchloupe_adapters.captum"
+_CAPTUM = (
+    "deconvolution",
+    "deep_lift",
+    "feature_ablation",
+    "gradient_shap",
+    "guided_backprop",
+    "input_x_gradient",
+    "integrated_gradients",
+    "kernel_shap",
+    "lime",
+    "lrp",
+    "occlusion",
+    "saliency",
+    "smooth_grad",
+    "var_grad",
+)
 
 METHODS = {
     **{
@@ -26,12 +41,8 @@ METHODS = {
     ("explain", "score_cam"): _CAM_MASKS,
     ("explain", "rise"): "torchloupe_core.methods.rise",
     ("explain", "sobol"): "torchloupe_core.methods.sobol",
-    ("explain", "captum.saliency"): _CAPTUM,
-    ("explain", "captum.input_x_gradient"): _CAPTUM,
-    ("explain", "captum.integrated_gradients"): _CAPTUM,
-    ("explain", "captum.guided_backprop"): _CAPTUM,
-    ("explain", "captum.occlusion"): _CAPTUM,
-    ("explain", "captum.lime"): _CAPTUM,
+    ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
+    **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     **{
         (verb, source): f"torchloupe_adapters.{source}"
@@ -40,12 +51,7 @@ METHODS = {
     },
 }
 
-SHORT_NAMES = {
-    "explain": {
-        name: f"captum.{name}"
-        for name in ("saliency", "input_x_gradient", "integrated_gradients", "guided_backprop", "occlusion", "lime")
-    }
-}
+SHORT_NAMES = {"explain": {name: f"captum.{name}" for name in _CAPTUM}}
 
 registry.offer(METHODS)
 for _verb, _table in SHORT_NAMES.items():

@@ -20,6 +20,11 @@ from torchloupe_core.methods.localisation import energy_inside, pointing_hit
 COUNT = 300
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "captum.feature_ablation": {"n_segments": 25},
+    "captum.gradient_shap": {"n_samples": 6},
+    "captum.kernel_shap": {"n_samples": 45, "n_segments": 25},
+    "captum.smooth_grad": {"n_samples": 5},
+    "captum.var_grad": {"n_samples": 5},
     "captum.integrated_gradients": {"steps": 8},
     "captum.occlusion": {"window": 12, "stride": 8},
     "captum.lime": {"n_samples": 60, "n_segments": 25},
@@ -46,26 +51,43 @@ def measured(method: str) -> Scores:
 
 
 def test_every_method_is_measured() -> None:
-    """All but those that need attention, which the embedded model, a convolutional network, lacks."""
-    assert {entry.name for entry in tl.methods("explain") if "attention" not in entry.needs} == set(LEAST)
+    assert {entry.name for entry in tl.methods("explain")} == set(LEAST) | set(UNMEASURED)
+
+
+UNMEASURED = {
+    "attention_relevance": "the embedded model, a convolutional network, has no attention",
+    "attention_rollout": "the embedded model, a convolutional network, has no attention",
+    "captum.deconvolution": "pointing .06, below chance: it looks at signs alone, so that a model without max pooling, "
+    "whose switches would tell it where, leads it astray (Springenberg 2015)",
+    "captum.lrp": "refused: relevance is not conserved where a residual network adds",
+}
 
 
 # method: pointing game, IoU. Measured: cam .81 .57, guided .95 .59, input_x_gradient .83 .23, ig 1.00 .66,
-# lime .65 .51, occlusion .86 .59, saliency .44 .26, the other CAMs as cam to .02, rise .90 .54,
-# sobol .69 .45.
+# lime .65 .51, occlusion .86 .59, saliency .44 .26, the other CAMs as cam to .02, rise .90 .54, deep_lift .99 .73,
+# feature_ablation .64 .52, gradient_shap .99 .68, kernel_shap .64 .46, smooth_grad .45 .27, var_grad .41 .22,
+# guided_grad_cam .93 .65, sobol .69 .45.
 # Baselines: random .10 .05, centre blob .16 .11.
 LEAST = {
     "ablation_cam": (0.70, 0.45),
     "cam": (0.70, 0.45),
+    "captum.deep_lift": (0.90, 0.60),
+    "captum.feature_ablation": (0.52, 0.40),
+    "captum.grad_cam": (0.70, 0.45),
+    "captum.gradient_shap": (0.90, 0.55),
     "captum.guided_backprop": (0.85, 0.48),
     "captum.input_x_gradient": (0.70, 0.18),
     "captum.integrated_gradients": (0.90, 0.55),
+    "captum.kernel_shap": (0.50, 0.36),
     "captum.lime": (0.52, 0.40),
     "captum.occlusion": (0.74, 0.48),
     "captum.saliency": (0.34, 0.20),
+    "captum.smooth_grad": (0.34, 0.20),
+    "captum.var_grad": (0.31, 0.17),
     "eigen_cam": (0.68, 0.45),
     "grad_cam": (0.70, 0.45),
     "grad_cam++": (0.68, 0.45),
+    "guided_grad_cam": (0.83, 0.52),
     "hires_cam": (0.70, 0.45),
     "layer_cam": (0.67, 0.45),
     "rise": (0.78, 0.42),

@@ -16,9 +16,14 @@ from torchloupe_core.specimens import SPECIMENS
 OPTIONS = {
     "rise": {"n_masks": 16},
     "sobol": {"cells": 3, "n_designs": 8, "baseline": 30.0},  # shares of a variance as small as rounding are rounding
+    "captum.feature_ablation": {"n_segments": 8},
+    "captum.gradient_shap": {"n_samples": 4},
     "captum.integrated_gradients": {"steps": 4},
+    "captum.kernel_shap": {"n_samples": 30, "n_segments": 8},
     "captum.lime": {"n_samples": 30, "n_segments": 8},
     "captum.occlusion": {"window": 8, "stride": 8},
+    "captum.smooth_grad": {"n_samples": 4},
+    "captum.var_grad": {"n_samples": 4},
 }
 METHODS = [entry.name for entry in tl.methods("explain")]
 
@@ -29,7 +34,12 @@ REFUSED = {
     "attention_relevance": NO_PLAIN_ATTENTION,
     "attention_rollout": NO_PLAIN_ATTENTION,
     "cam": {"concat", "vit_registers"},
+    "captum.deconvolution": NO_RELU_MODULES,
+    "captum.deep_lift": NO_RELU_MODULES,
+    "captum.grad_cam": {"nhwc", "vit_registers"},
     "captum.guided_backprop": NO_RELU_MODULES,
+    "captum.lrp": NO_RELU_MODULES | {"residual", "inplace"},
+    "guided_grad_cam": {"depthwise", "nhwc", "vit_registers"},
 }
 
 

@@ -27,6 +27,7 @@ Check = Callable[[Trial], None]
 
 POOLED_TOLERANCE = 1e-3  # of the largest logit: CAM's identity holds to rounding or not at all
 DOUBLE_SLACK = 100  # float32 against float64: rounding grows with depth
+OWN_JUDGEMENT = {"rules"}  # needs that only the method can tell; the tests' table of refusals pins where it does
 
 CHECKS: dict[str, Check] = {}
 
@@ -279,12 +280,12 @@ def refusals(trial: Trial) -> None:
         trial.require(not lacking, f"it must refuse this model, which lacks {'; '.join(lacking)}")
         return
     message = str(trial.outcome)
-    due = bool(lacking) or "target" in trial.options
+    due = bool(lacking) or "target" in trial.options or not OWN_JUDGEMENT.isdisjoint(trial.method.needs)
     trial.require(
         due, f"it refuses a model that has all it needs ({', '.join(trial.method.needs) or 'nothing'}): {message}"
     )
-    known = {name for one in registry.methods(trial.method.verb) for name in (one.name, one.name.split(".")[-1])}
-    others = known - {trial.method.name, trial.method.name.split(".")[-1]}
+    names = {one.name for one in registry.methods(trial.method.verb)} - {trial.method.name}
+    others = names | {name.split(".")[-1] for name in names}
     named = any(re.search(rf"\b{re.escape(name)}\b", message) for name in others)
     trial.require(named or bool(re.search(r"\w+=", message)), f"the refusal names nothing that would work: {message}")
 
@@ -308,6 +309,16 @@ def _no_layer(trial: Trial) -> str:
     except NotApplicable as error:
         return str(error)
     return ""
+
+
+def _no_nchw(trial: Trial) -> str:
+    layer = trial.handle.layer(str(trial.options.get("layer") or trial.handle.features_at(trial.shape)), trial.shape)
+    order = layer.layout.order if layer.layout else "unknown"
+    return "" if order == "nchw" else f"the layout of {layer.name!r} is {order}"
+
+
+def _no_rectifier(trial: Trial) -> str:
+    return "" if trial.handle.trace(trial.shape).rectified else "there is no ReLU"
 
 
 def _no_relu(trial: Trial) -> str:
@@ -340,7 +351,14 @@ def _no_pooled_linear(trial: Trial) -> str:
     return "" if apart <= POOLED_TOLERANCE * float(logits.abs().max()) else f"more follows {layer!r} than pooling"
 
 
-_LACKING = {"attention": _no_attention, "layer": _no_layer, "relu": _no_relu, "pooled_linear": _no_pooled_linear}
+_LACKING = {
+    "attention": _no_attention,
+    "layer": _no_layer,
+    "nchw": _no_nchw,
+    "pooled_linear": _no_pooled_linear,
+    "rectified": _no_rectifier,
+    "relu": _no_relu,
+}
 
 
 # -- staging ----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ __all__ = [
     "eigen_cam",
     "grad_cam",
     "grad_cam_plus_plus",
+    "gradient_at",
     "hires_cam",
     "layer_cam",
     "layer_gradient",
@@ -188,10 +189,16 @@ def _weighted(weights: Tensor, features: Tensor) -> Tensor:
 def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's map `[N, C, h, w]`, the gradient of each image's target with respect to it, the targets' values."""
     scores, raw, reading = query.with_leaf(layer)
+    return reading.map(layer).detach(), gradient_at(query, layer, scores, raw), scores.detach()
+
+
+def gradient_at(query: Query, layer: str, scores: Tensor, raw: Tensor, *, keep_graph: bool = False) -> Tensor:
+    """The gradient of the scores with respect to a layer's raw tensor, as a map `[N, C, h, w]`."""
     if not scores.requires_grad:
         raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(scores.sum(), raw, allow_unused=True)
+        kept = True if keep_graph else None
+        (gradient,) = torch.autograd.grad(scores.sum(), raw, allow_unused=True, retain_graph=kept)
     layout = query.handle.layer(layer, query.shape).layout
     if gradient is None or layout is None:
         raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
@@ -200,7 +207,7 @@ def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         raise NotApplicable(
             f"after {layer!r} only the class token counts, so its patches have no gradient; {_suggestion(query, layer)}"
         )
-    return reading.map(layer).detach(), patches, scores.detach()
+    return patches
 
 
 def _suggestion(query: Query, failed: str) -> str:
