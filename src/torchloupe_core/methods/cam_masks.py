@@ -104,7 +104,10 @@ def _without(query: Query, layer: str, layout: Layout, channels: Tensor) -> Tens
     def ablated(activation: Tensor) -> Tensor:
         variants = activation.expand(len(channels), *activation.shape[1:]).clone()
         rows = torch.arange(len(channels), device=activation.device)
-        to_map(variants, layout)[rows, channels] = 0
+        if layout.order == "tokens":
+            variants[rows, layout.prefix :, channels] = 0
+        else:
+            to_map(variants, layout)[rows, channels] = 0
         return variants
 
     targets = list(query.targets) * len(channels)
