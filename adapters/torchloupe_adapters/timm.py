@@ -54,7 +54,7 @@ def load(name: str, *, pretrained: bool | None = None, checkpoint: str | Path | 
         ) from error
     if checkpoint is not None:
         checkpoints.load_into(module, checkpoint)
-    return Handle(module.eval(), _spec(module, name))
+    return Handle(module.eval(), _spec(module, name, options.get("img_size")))
 
 
 @method("recognise", "timm", cost="none")
@@ -83,14 +83,16 @@ def _no_waiting_without_network() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _spec(module: nn.Module, name: str) -> Spec:
+def _spec(module: nn.Module, name: str, asked: Any = None) -> Spec:
+    """asked: the image size that the model was made for, where that was an option."""
     from timm.data import create_transform, resolve_model_data_config
 
     stated: dict[str, Any] = getattr(module, "pretrained_cfg", {})
     config = resolve_model_data_config(module)
     embedding = getattr(module, "patch_embed", None)
     channels = _input_channels(module, stated) or config["input_size"][0]
-    size = getattr(embedding, "img_size", None) or config["input_size"][1:]
+    asked = (asked, asked) if isinstance(asked, int) else asked
+    size = getattr(embedding, "img_size", None) or asked or config["input_size"][1:]
     config["input_size"] = (channels, *size)
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if channels == 3:

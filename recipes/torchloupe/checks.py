@@ -45,7 +45,12 @@ def check_method(
 
 
 def check_source(model: ModelLike, inputs: Tensor | None = None) -> None:
-    """Runs every check of a model, as its source hands it over. Raises `AssertionError` naming each broken promise."""
+    """Runs every check of a model, as its source hands it over. Raises `AssertionError` naming each broken promise.
+
+    Layers in forward order; every map in its shape and its place: a change in a corner of the image moves that corner;
+    the default layer; predictions; a unit in the middle; CAM exact or refused; Grad-CAM and saliency. inputs: a float
+    batch `[N, C, H, W]`; without it, noise.
+    """
     checks.check_source(opened(model), inputs, explain=explain)
 
 

@@ -87,6 +87,7 @@ class Handle:
         self.spec = spec or Spec()
         self.forwards = 0
         self._depth = 0
+        self._structure: int | None = None  # known while the model is borrowed
         # Kept beside the module, so that bare modules handed to verb after verb are traced once.
         self._kept = _KEPT.setdefault(self.module, {})
 
@@ -203,8 +204,10 @@ class Handle:
 
     def _key(self, shape: Shape) -> tuple[object, ...]:
         """Changes when layers are added, exchanged or removed, or other facts are stated about them."""
-        structure = hash(tuple((name, id(part)) for name, part in self.module.named_modules()))
-        return shape, self.spec.prefix, self.spec.classifier, str(self.spec.layouts), self.spec.output, structure
+        if self._structure is None or not self._depth:
+            self._structure = hash(tuple((name, id(part)) for name, part in self.module.named_modules()))
+        spec = self.spec
+        return shape, spec.prefix, spec.classifier, str(spec.layouts), spec.output, self._structure
 
     def features_at(self, shape: Shape, before: str | None = None) -> str:
         """The last spatial layer for inputs of this shape that reaches the output, or that ends before a layer.
@@ -279,11 +282,11 @@ class Handle:
             yield
             return
         with borrowed(self.module):
-            self._depth += 1
+            self._depth, self._structure = 1, None
             try:
                 yield
             finally:
-                self._depth -= 1
+                self._depth = 0
 
     @contextlib.contextmanager
     def watch(

@@ -180,3 +180,23 @@ def test_the_first_of_two_heads_is_the_classifier() -> None:
     model = tl.load("timm/deit_tiny_distilled_patch16_224", pretrained=False, img_size=64, depth=1)
     assert model.spec.classifier == "head"
     assert model.embedding == "head.in"
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        ("crossvit_tiny_240", "head.1"),
+        ("efficientvim_m1_dist", "heads.3"),
+        ("levit_128s", "head.linear"),
+        ("volo_d1_224", "head"),
+    ],
+)
+def test_of_heads_that_are_added_up_the_last_is_the_classifier(name: str, classifier: str) -> None:
+    assert tl.load(f"timm/{name}", pretrained=False).spec.classifier == classifier
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_stem_that_folds_space_into_channels(channels: int) -> None:
+    model = tl.load("timm/tresnet_m", pretrained=False, in_chans=channels)
+    assert (model.spec.input_size or ())[0] == len(model.spec.mean or ()) == channels
+    assert model.predict(torch.randn(1, channels, 64, 64))

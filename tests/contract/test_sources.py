@@ -111,6 +111,26 @@ def test_orientation_sees_exchanged_rows_and_columns() -> None:
     _require_failure("orientation", tl.checks.source(handle), "does not move most in its upper right quarter")
 
 
+def test_orientation_sees_tokens_in_the_order_of_pooling() -> None:
+    """As Hiera's: every second row and column first. Told so, the map is right."""
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.order, self.head = nn.Conv2d(3, 16, 4, 4), nn.Identity(), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            patches = self.patches(x).unflatten(2, (4, 2)).unflatten(4, (4, 2))  # [N, C, 4, 2, 4, 2]
+            tokens = self.order(patches.permute(0, 3, 5, 2, 4, 1).flatten(1, 4))
+            return self.head(tokens.mean(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    handle = tl.wrap(Unrolled().eval(), input_size=(3, 32, 32))
+    _require_failure("orientation", tl.checks.source(handle), "'order'.* does not move most in its upper left quarter")
+    told = handle.with_spec(layouts={"order": Layout("tokens", 16, (8, 8), unrolled=((2, 2),))})
+    tl.checks.checks_of("source")["orientation"](tl.checks.source(told))
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("gap", "no positions"), ("fc", "no positions"), ("blocks.1.attn.proj", "a part of attention")]
 )
@@ -147,7 +167,21 @@ def test_units_sees_a_score_that_is_not_the_map(monkeypatch: pytest.MonkeyPatch)
     _require_failure("units", _broken({}, "plain"), "its map says")
 
 
-@pytest.mark.parametrize("check", ["cam", "grad_cam", "saliency"])
+def test_units_needs_a_layer_that_depends_on_the_image() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaled, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+            nn.init.zeros_(self.scaled.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.scaled(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+    handle = tl.wrap(Constant().eval(), input_size=(3, 16, 16))
+    _require_failure("units", tl.checks.source(handle), "no spatial layer whose map depends on the image")
+
+
+@pytest.mark.parametrize("check", ["cam", "grad_cam", "saliency", "units"])
 def test_maps_of_attribution_see_nothing(check: str) -> None:
     source = _broken({}, "plain")
 

@@ -42,6 +42,22 @@ def test_tokens_of_a_rectangular_grid_against_a_loop(prefix: int) -> None:
                     assert found[n, c, row, column] == x[n, prefix + row * 4 + column, c]
 
 
+def test_unrolled_tokens_against_a_loop() -> None:
+    """As Hiera orders them: the strides first, outermost first, then what is left of rows and columns."""
+    strides, (rows, columns) = ((2, 1), (3, 2)), (12, 8)
+    x = numbered(2, rows * columns, 3)
+    found = to_map(x, Layout("tokens", 3, (rows, columns), unrolled=strides))
+    for row in range(rows):
+        for column in range(columns):
+            first = row % 2, column % 1
+            second = row // 2 % 3, column // 1 % 2
+            rest = row // 6, column // 2
+            token = first[0] + first[1]
+            token = (token * 3 + second[0]) * 2 + second[1]
+            token = (token * (rows // 6) + rest[0]) * (columns // 2) + rest[1]
+            assert torch.equal(found[:, :, row, column], x[:, token])
+
+
 def test_a_vector_is_a_map_of_one_position() -> None:
     x = numbered(2, 7)
     found = to_map(x, Layout("vector", 7))
@@ -111,6 +127,65 @@ def test_maps_inside_attention_are_no_pictures() -> None:
     assert infer(torch.zeros(2, 3, 24, 24), nn.Softmax(-1), **inside) is None  # type: ignore[arg-type]
     assert infer(torch.zeros(2, 3, 24, 8), nn.LayerNorm(8), **inside) is None  # type: ignore[arg-type]  # q_norm
     assert infer(torch.zeros(2, 4, 6, 8), nn.Linear(8, 8), **inside) == Layout("nhwc", 8, (4, 6))  # type: ignore[arg-type]
+
+
+def test_attention_keeps_to_the_grids_of_its_input_and_parts() -> None:
+    known = {"image": IMAGE, "batch": 2, "grids": [(4, 6)], "prefixes": (0, 1), "attention": True}
+    tokens = Layout("tokens", 8, (4, 6), 1)
+    assert infer(torch.zeros(2, 25, 8), nn.Linear(8, 8), **known) == tokens  # type: ignore[arg-type]
+    assert infer(torch.zeros(2, 28, 8), nn.Linear(8, 8), **known) is None  # type: ignore[arg-type]  # a window
+    assert infer(torch.zeros(2, 6, 8), nn.Linear(8, 8), **known) is None  # type: ignore[arg-type]  # pooled keys
+    assert infer(torch.zeros(2, 4, 12, 12), nn.Conv2d(4, 4, 1), **known) is None  # type: ignore[arg-type]  # of heads
+    pooled = infer(torch.zeros(2, 8, 2, 3), nn.Conv2d(8, 8, 2, 2), **known)  # type: ignore[arg-type]
+    assert pooled == Layout("nchw", 8, (2, 3))
+    assert infer(torch.zeros(2, 8, 2, 3), nn.Identity(), **known) is None  # type: ignore[arg-type]
+
+
+def test_tokens_from_tokens_keep_their_grid() -> None:
+    fed = Layout("tokens", 8, (4, 6), 5)
+    known = {"image": IMAGE, "batch": 2, "grids": [(4, 6), (2, 3)], "fed": fed}
+    assert infer(torch.zeros(2, 29, 32), nn.Linear(8, 32), **known) == Layout("tokens", 32, (4, 6), 5)  # type: ignore[arg-type]
+    assert infer(torch.zeros(2, 6, 32), nn.Linear(8, 32), **known) == Layout("tokens", 32, (2, 3), 0)  # type: ignore[arg-type]
+
+
+def test_what_only_looks_like_tokens() -> None:
+    known = {"image": IMAGE, "batch": 2, "grids": [(8, 12)]}
+    assert infer(torch.zeros(2, 24, 9), nn.Conv1d(24, 24, 1), **known) is None  # type: ignore[arg-type]  # [N, C, L]
+    assert infer(torch.zeros(2, 24, 9), nn.Identity(), **known) == Layout("tokens", 9, (4, 6))  # type: ignore[arg-type]
+    finer = infer(torch.zeros(2, 16 * 24, 9), nn.Identity(), **known)  # type: ignore[arg-type]
+    assert finer is None  # channels of transposed tokens: a grid does not become finer
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 8, 12, 12), Layout("nhwc", 12, (8, 12))),  # [N, h, w, C]: (8, 12) was seen before
+        ((2, 12, 8, 12), Layout("nchw", 12, (8, 12))),
+        ((2, 16, 24, 32), Layout("nhwc", 32, (16, 24))),  # its strides are even, those of (24, 32) are not
+        ((2, 32, 16, 24), Layout("nchw", 32, (16, 24))),
+        ((2, 6, 6, 6), None),
+        ((2, 36, 16, 8), None),
+        ((2, 8, 1, 1), Layout("nchw", 8, (1, 1))),
+    ],
+)
+def test_the_order_of_a_map_by_its_shape(shape: tuple[int, ...], expected: Layout | None) -> None:
+    assert infer(torch.zeros(shape), nn.Identity(), image=IMAGE, batch=2, grids=[(8, 12)]) == expected
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Over the channels of [N, C, h, w], as timm's and torchvision's."""
+
+
+class OtherNorm(nn.LayerNorm):
+    pass
+
+
+def test_a_norm_over_channels_says_where_they_are() -> None:
+    known = {"image": IMAGE, "batch": 2, "grids": ()}
+    assert infer(torch.zeros(2, 8, 4, 6), LayerNorm2d(8), **known) == Layout("nchw", 8, (4, 6))  # type: ignore[arg-type]
+    assert infer(torch.zeros(2, 4, 6, 8), OtherNorm(8), **known) == Layout("nhwc", 8, (4, 6))  # type: ignore[arg-type]
+    assert infer(torch.zeros(2, 6, 6, 6), LayerNorm2d(6), **known) == Layout("nchw", 6, (6, 6))  # type: ignore[arg-type]
+    assert infer(torch.zeros(2, 6, 6, 6), OtherNorm(6), **known) == Layout("nhwc", 6, (6, 6))  # type: ignore[arg-type]
 
 
 def test_integer_outputs_are_no_maps() -> None:

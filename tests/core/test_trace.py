@@ -148,12 +148,132 @@ def test_a_rectangular_input_other_than_the_models_own() -> None:
         assert result.upsample().shape == (2, 64, 160)
 
 
+class Branching(nn.Module):
+    """A side branch runs last and reaches nothing; what does reach the output goes through functions of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.gate, self.fc, self.side = nn.Linear(4, 4), nn.Linear(8, 5), nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        second = self.b(first).relu_()
+        second = second * self.gate(second.mean((2, 3)))[:, :, None, None].sigmoid()
+        parts = torch.zeros(len(x), 8)
+        parts[:, :4] = torch.cat([first, second], 1).mean((2, 3))[:, 4:]
+        logits: Tensor = self.fc(parts)
+        self.side(x)
+        return logits
+
+
+def test_the_default_layer_and_the_classifier_lead_to_the_output() -> None:
+    model = Handle(Branching(), Spec(input_size=(3, 16, 16)))
+    trace = model.trace()
+    assert list(trace.layers) == ["a", "b", "gate", "fc", "side"]
+    assert [name for name in trace.layers if trace.leads(name)] == ["a", "b", "gate", "fc"]
+    assert trace.leads("a", "b")
+    assert not trace.leads("b", "side")
+    assert model.features == "b"
+    assert model.embedding == "fc.in"
+    assert tl.explain(model, torch.randn(1, 3, 16, 16)).values.any()
+
+
+def test_a_detour_that_hides_where_a_tensor_came_from_is_found_by_its_gradient() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.numpy() * 2)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * 2
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.side, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.conv(x)
+            self.side(x)
+            logits: Tensor = self.fc(Double.apply(features).mean((2, 3)))
+            return logits
+
+    model = Handle(Hidden(), Spec(input_size=(3, 16, 16)))
+    assert not model.trace().leads("conv")
+    assert model.features == "conv"
+
+
+def test_the_default_layer_in_the_common_case_takes_no_forward_pass_of_its_own() -> None:
+    model = tl.load("timm/resnet18", pretrained=False, input_size=(3, 64, 64))
+    model.trace()
+    before = model.forwards
+    assert model.features == "layer4"
+    assert model.features_at((3, 64, 64), "layer4.1.conv2") == "layer4.1.act1"
+    assert model.forwards == before
+
+
+def test_hieras_tokens_are_in_their_places() -> None:
+    model = tl.load("timm/hiera_tiny_224", pretrained=False, img_size=96)
+    layers = model.layers
+    assert layers["unroll"].layout == Layout("tokens", 96, (24, 24), unrolled=((2, 2), (2, 2), (2, 2)))
+    assert layers["blocks.0.mlp.fc1"].layout == Layout("tokens", 384, (24, 24), unrolled=((2, 2), (2, 2), (2, 2)))
+    assert layers["blocks.1"].layout == Layout("tokens", 192, (12, 12), unrolled=((2, 2), (2, 2)))
+    assert layers["blocks.11"].layout == Layout("tokens", 768, (3, 3))
+    assert model.features == "blocks.11"
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        _, stages = model.module.eval().forward_intermediates(x)
+    with model.watch("blocks.0", "blocks.2", "blocks.9", "blocks.11") as watch:
+        watch(x)
+        for name, expected in zip(("blocks.0", "blocks.2", "blocks.9", "blocks.11"), stages, strict=True):
+            assert torch.equal(watch.map(name), expected)
+    assert tl.explain(model, x, layer="blocks.2", method="ablation_cam").values.shape == (1, 12, 12)
+
+
+def test_blocks_of_tokens_state_no_map() -> None:
+    layers = tl.load("timm/nest_tiny", pretrained=False, img_size=64).layers
+    assert {layer.layout for name, layer in layers.items() if ".transformer_encoder" in name} == {None}
+    assert layers["levels.1"].layout == Layout("nchw", 192, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("davit_tiny", {"input_size": (3, 96, 96)}, "stages.2.blocks.0.0.attn.qkv"),  # 7 by 7 windows, padded
+        ("efficientformerv2_s0", {"img_size": 96}, "stages.2.blocks.4.token_mixer.talking_head1"),  # over heads
+        ("nextvit_small", {"input_size": (3, 64, 64)}, "stages.2.blocks.4.e_mhsa.k"),  # pooled along the row
+        ("efficientvim_m1", {"input_size": (3, 96, 96)}, "stages.0.blocks.0.mixer.hz_proj"),  # hidden states
+        ("efficientvit_b0", {"input_size": (3, 96, 96)}, "stages.2.blocks.1.context_module.main.kernel_func"),
+    ],
+)
+def test_what_only_looks_like_a_map_has_no_layout(name: str, options: dict[str, Any], layer: str) -> None:
+    assert tl.load(f"timm/{name}", pretrained=False, **options).layers[layer].layout is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer", "expected"),
+    [
+        ("pvt_v2_b0", 128, "stages.0.blocks.1.mlp.relu", Layout("nchw", 256, (32, 32))),
+        ("regnetx_002", 96, "s1.b1.conv2.bn.act", Layout("nchw", 24, (24, 24))),
+        ("maxvit_pico_rw_256", 128, "stages.0.blocks.0.attn_block.norm1", Layout("nhwc", 32, (32, 32))),
+    ],
+)
+def test_maps_as_high_and_wide_as_they_have_channels(name: str, size: int, layer: str, expected: Layout) -> None:
+    model = tl.load(f"timm/{name}", pretrained=False, **({"img_size": size} if "maxvit" in name else {}))
+    assert model.layer(layer, (3, size, size)).layout == expected
+    if name == "pvt_v2_b0":  # [N, 32, 32, 32] went in, and comes out in another order
+        assert model.layer("stages.0", (3, size, size)).layout is None
+
+
 def test_what_counts_as_inside_attention() -> None:
     kinds = {"blocks.0": "Block", "blocks.0.attn": "Attention", "m": "MultiheadAttention", "attn_blocks.0": "Block"}
     assert is_inside_attention("blocks.0.attn.qkv", kinds)
     assert is_inside_attention("m.out_proj", kinds)
     assert not is_inside_attention("blocks.0.attn", kinds)  # its output is a map like any other
     assert not is_inside_attention("blocks.0.norm1", kinds)
+    assert not is_inside_attention("stage.0.norm1", {"stage.0": "ClassAttentionBlock"})
     assert not is_inside_attention("attn_blocks.0.norm1", kinds)  # a stage of attention blocks is not attention
 
 

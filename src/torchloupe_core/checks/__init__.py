@@ -57,7 +57,9 @@ def check_method(
 
 def check_source(handle: Handle, inputs: Tensor | None = None, *, explain: Explain) -> None:
     """Runs every check of a model. Raises `AssertionError` naming each promise that is broken."""
-    _run(checks_of("source"), Source(handle, random_inputs(handle) if inputs is None else inputs, explain))
+    source = Source(handle, random_inputs(handle) if inputs is None else inputs, explain)
+    with handle.borrow():  # once for all checks
+        _run(checks_of("source"), source)
 
 
 def _run(checks: Mapping[str, Callable[[Any], None]], subject: Trial | Source) -> None:

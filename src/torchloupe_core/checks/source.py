@@ -9,10 +9,9 @@ from torch import Tensor
 
 from torchloupe_core.checks.trial import Source
 from torchloupe_core.errors import NotApplicable
-from torchloupe_core.handle import Handle
 from torchloupe_core.layout import to_map
 from torchloupe_core.targets import layer as whole_layer
-from torchloupe_core.trace import Layer, is_inside_attention
+from torchloupe_core.trace import is_inside_attention
 
 __all__ = ["CHECKS"]
 
@@ -108,9 +107,9 @@ def predicts(source: Source) -> None:
 @_check
 def units(source: Source) -> None:
     """A channel and a neuron in the middle of the model can be scored and explained, and are what the map shows."""
-    spatial = _spatial(source.handle, source)
-    source.require(bool(spatial), "no spatial layer")
-    name = list(spatial)[len(spatial) // 2]
+    told = [seen.layer.name for seen in source.survey.sights if seen.moved]
+    source.require(bool(told), "no spatial layer whose map depends on the image")
+    name = told[len(told) // 2]
     inputs, text = _inputs(source), str(whole_layer(name))
     with source.handle.watch(name, shape=source.shape) as watch:
         watch(inputs)
@@ -149,7 +148,7 @@ def grad_cam(source: Source) -> None:
 @_check
 def saliency(source: Source) -> None:
     """So is the gradient with respect to the input."""
-    _telling(source, "saliency", _asked(source) or "logit:0")
+    _telling(source, "saliency", _asked(source))
 
 
 def _telling(source: Source, method: str, target: str | None) -> None:
@@ -161,10 +160,6 @@ def _telling(source: Source, method: str, target: str | None) -> None:
 
 def _inputs(source: Source) -> Tensor:
     return source.handle.inputs(source.inputs)
-
-
-def _spatial(handle: Handle, source: Source) -> dict[str, Layer]:
-    return {name: found for name, found in handle.trace(source.shape).layers.items() if found.spatial}
 
 
 def _weighed(tensor: Tensor) -> Tensor:

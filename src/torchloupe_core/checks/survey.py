@@ -27,11 +27,13 @@ ROUNDING = 1e-5  # of a position's values: changes below it are none
 
 @dataclass(frozen=True)
 class Sight:
-    """What one call of a layer gave: the shape of its map, and the corner of the image that it shows elsewhere."""
+    """What one call of a layer gave: the shape of its map, whether it differs between the five images, and the corner
+    of the image that it shows elsewhere."""
 
     layer: Layer
     shape: tuple[int, ...] | None
     problem: str = ""
+    moved: bool = False
     misplaced: Corner | None = None
 
 
@@ -92,7 +94,8 @@ def _seen(layer: Layer, tensor: Tensor | None) -> Sight:
         maps = to_map(tensor, layer.layout)
     except (RuntimeError, IndexError) as error:
         return Sight(layer, None, str(error))
-    return Sight(layer, tuple(maps.shape), misplaced=misplaced(maps))
+    moved = bool((maps[1:] != maps[:1]).any())  # not behind a scale that begins at zero
+    return Sight(layer, tuple(maps.shape), moved=moved, misplaced=misplaced(maps))
 
 
 def _changed_corners(image: Tensor) -> Tensor:

@@ -113,7 +113,11 @@ def _without(query: Query, layer: str, layout: Layout, first: int, last: int) ->
     def ablated(activation: Tensor) -> Tensor:
         seen[:] = [to_map(activation[:1], layout)]
         changed = activation.expand(variants, *activation.shape[1:]).clone()
-        to_map(changed, layout)[1 + channels - first, channels] = 0
+        rows = 1 + channels - first
+        if layout.order == "tokens":  # whose map may be a copy, put in order
+            changed[rows, layout.prefix :, channels] = 0
+        else:
+            to_map(changed, layout)[rows, channels] = 0
         return changed
 
     targets = list(query.targets) * variants
