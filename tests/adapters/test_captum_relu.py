@@ -200,6 +200,7 @@ def test_a_relu_in_place_is_in_place_still(method: str) -> None:
     found = tl.explain(model, X, target=1, method=method)
     torch.testing.assert_close(found.scores, model.score(X, 1))
     torch.testing.assert_close(found.per_channel, gradient(model, X, value))
+    assert found.forwards == len(X)
 
 
 @pytest.mark.parametrize("method", RULES)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torchloupe_core.query import Query
 from torchloupe_core.watch import hooked
 
 __all__ = ["functions_between", "separated", "twin"]
+
+Noting = TypeVar("Noting", "_Outside", "_Rereading")
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def separated(
             if isinstance(part, kinds) and name in layers:
                 changed.append((part, type(part)))
                 copies = [(make or twin)(part) for _ in range(layers[name].calls)]
-                part.__dict__["calls"] = _Calls(copies, rereads, rereads and bool(getattr(part, "inplace", False)))
+                part.__dict__["calls"] = _Calls(copies, rereads and bool(getattr(part, "inplace", False)))
                 part.__class__ = _Separated
         yield
     finally:
@@ -45,10 +47,9 @@ def separated(
 
 @dataclass
 class _Calls:
-    """The copies of a module, and which is next. What they give is kept from being overwritten, or overwrites."""
+    """The copies of a module, and which is next. overwriting: what they give also takes the place of what they got."""
 
     copies: list[nn.Module]
-    kept: bool
     overwriting: bool
     turn: int = 0
 
@@ -59,7 +60,7 @@ class _Calls:
         if self.overwriting:
             written: Tensor = _Overwrite.apply(x, found)
             return written
-        return found.clone() if self.kept else found.view_as(found)
+        return found.view_as(found)
 
 
 class _Separated(nn.Module):
@@ -95,34 +96,33 @@ def twin(part: nn.Module) -> nn.Module:
     return copy.eval()
 
 
-def functions_between(query: Query, layers: Iterable[str]) -> set[str]:
-    """Names of the torch functions that run outside these layers, from a forward pass of the first image."""
-    functions = _Outside()
-    _look(query, list(layers), functions)
-    return functions.names
+def functions_between(query: Query) -> set[str]:
+    """Names of the torch functions that run outside the innermost modules."""
+    layers = query.handle.trace(query.shape).layers
+    innermost = [name for name in layers if not list(query.handle.module.get_submodule(name).children())]
+    return _looked(query, innermost, _Outside()).names
 
 
 def _rereads(query: Query) -> bool:
-    """Whether the model reads, under its old name, what a module has overwritten: a skip around an in-place ReLU.
-
-    Found out once, from a forward pass of the first image, and noted on the trace.
-    """
-    trace = query.handle.trace(query.shape)
-    notes = vars(trace)
-    if "rereads" not in notes:
-        parts = {name: query.handle.module.get_submodule(name) for name in trace.layers}
-        in_place, functions = [name for name, part in parts.items() if getattr(part, "inplace", False)], _Rereading()
-        if in_place:
-            _look(query, in_place, functions)
-        notes["rereads"] = functions.found
-    return bool(notes["rereads"])
+    """Whether the model reads, under its old name, what a module has overwritten: a skip around an in-place ReLU."""
+    layers = query.handle.trace(query.shape).layers
+    in_place = [name for name in layers if getattr(query.handle.module.get_submodule(name), "inplace", False)]
+    functions = _looked(query, in_place, _Rereading())
+    functions.overwritten.clear()
+    return functions.found
 
 
-def _look(query: Query, layers: list[str], functions: _Outside | _Rereading) -> None:
-    """One forward pass of the first image."""
-    parts = {name: query.handle.module.get_submodule(name) for name in layers}
-    with query.handle.watch(shape=query.shape) as watch, hooked(parts, functions.enter, functions.leave), functions:
-        watch(query.inputs[:1])
+def _looked(query: Query, layers: list[str], functions: Noting) -> Noting:
+    """What is to be noted in a forward pass of the first image; once for a model and input shape, as its trace."""
+    notes: dict[str, Any] = vars(query.handle.trace(query.shape))
+    name = type(functions).__name__
+    if name not in notes:
+        parts = {name: query.handle.module.get_submodule(name) for name in layers}
+        with query.handle.borrow(), hooked(parts, functions.enter, functions.leave), functions:
+            query.handle.module(query.inputs[:1].clone())
+        notes[name] = functions
+    noted: Noting = notes[name]
+    return noted
 
 
 class _Outside(TorchFunctionMode):

@@ -22,7 +22,7 @@ RESHAPING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout2d)  # Captum know
 PASSED = (nn.ReLU, nn.Tanh, nn.Dropout)
 # What may happen between layers without a rule: entries moved, chosen or set to zero.
 HARMLESS = {
-    *("_set_grad_enabled", "__get__", "__getitem__", "__len__", "clone", "contiguous", "detach", "dim", "size", "to"),
+    *("__get__", "__getitem__", "__len__", "clone", "contiguous", "detach", "dim", "size", "to"),
     *("cat", "chunk", "concat", "concatenate", "expand", "flatten", "narrow", "permute", "reshape", "select", "split"),
     *("squeeze", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"),
     *("dropout", "max_pool2d", "relu", "relu_"),
@@ -53,7 +53,7 @@ def lrp(query: Query, *, epsilon: float = 1e-9, gamma: float = 0.0) -> Map:
     if any(bound.logit_weights is None for bound in query.targets):
         raise NotApplicable(f"lrp hands down sums of logits only; {INSTEAD}")
     module = query.handle.module
-    between = sorted(functions_between(query, _leaves(query)) - HARMLESS)
+    between = sorted(functions_between(query) - HARMLESS)
 
     def answer(part: Query) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kept: list[Tensor] = []
@@ -77,11 +77,6 @@ def lrp(query: Query, *, epsilon: float = 1e-9, gamma: float = 0.0) -> Map:
         raise NotApplicable(f"captum's lrp has rules for layers only, and this model {_computes(between)}; {INSTEAD}")
     found = {"absorbed": absorbed.tolist(), "conservation_gap": gaps.tolist()}
     return Map(relevance.sum(1), relevance, scores=scores, diagnostics=found)
-
-
-def _leaves(query: Query) -> list[str]:
-    layers = query.handle.trace(query.shape).layers
-    return [name for name in layers if not list(query.handle.module.get_submodule(name).children())]
 
 
 def _attach_rules(module: nn.Module, epsilon: float, gamma: float) -> list[Any]:
