@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
+    from torchloupe._receptive import receptive_field
     from torchloupe._tables import methods
     from torchloupe_adapters.demo.scenes import demo_scenes
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
+    from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
     from torchloupe_core.results import open_result as open
     from torchloupe_core.spec import Spec
@@ -44,6 +46,7 @@ __all__ = [
     "Attribution",
     "Handle",
     "Layout",
+    "ReceptiveField",
     "Spec",
     "Target",
     "channel",
@@ -61,6 +64,7 @@ __all__ = [
     "neuron",
     "open",
     "prob",
+    "receptive_field",
     "target",
     "wrap",
 ]
@@ -70,6 +74,7 @@ _HOMES = {
     "Attribution": "torchloupe_core.results",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
+    "ReceptiveField": "torchloupe_core.receptive",
     "Spec": "torchloupe_core.spec",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
@@ -78,6 +83,7 @@ _HOMES = {
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "open": "torchloupe_core.results:open_result",
+    "receptive_field": "torchloupe._receptive",
     "target": f"{_TARGETS}:parse",
     "wrap": "torchloupe._models",
     **dict.fromkeys(

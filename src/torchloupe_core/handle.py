@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchloupe_core import images as pictures
 from torchloupe_core import trace as tracing
 from torchloupe_core.borrow import borrowed
-from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
+from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.layout import to_map
 from torchloupe_core.pace import Pace
 from torchloupe_core.spec import Spec
@@ -26,6 +26,7 @@ from torchloupe_core.watch import Exchange, Place, Watch, hooked
 __all__ = ["Guess", "Handle", "Reading", "unwrapped"]
 
 Shape = tuple[int, int, int]
+T = TypeVar("T")
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
@@ -106,12 +107,12 @@ class Handle:
     @property
     def features(self) -> str:
         """The last spatial layer that still reaches the output: what CAM and Grad-CAM read unless told otherwise."""
-        return self.features_at(self._shape())
+        return self.features_at(self.input_shape)
 
     @property
     def embedding(self) -> str:
         """What goes into the classifier, as a layer name."""
-        return self.embedding_at(self._shape())
+        return self.embedding_at(self.input_shape)
 
     def embedding_at(self, shape: Shape) -> str:
         """What goes into the classifier for inputs of this shape, as a layer name."""
@@ -140,21 +141,11 @@ class Handle:
 
     def layer(self, name: object, shape: Shape | None = None) -> Layer:
         """The layer of that name; `relu#1` is a call of a module that runs several times, `fc.in` its input."""
-        trace, place = self.trace(shape), Place.parse(str(name))
-        if place.module not in trace.layers:
-            known = place.module in dict(self.module.named_modules())
-            where = "that runs in the forward pass" if known else ""
-            raise UnknownName.of("layer", place.module, trace.layers, where)
-        found = trace.layers[place.module]
-        if place.call is not None and not 1 <= place.call <= found.calls:
-            raise UnknownName(f"no call {place.call} of {place.module!r}; it runs {found.calls} times, counted from 1")
-        if place.entering:
-            return trace.inputs[place.module]
-        return trace.calls[f"{place.module}#{place.call or found.calls}"]
+        return self.trace(shape).layer(str(name), dict(self.module.named_modules()))
 
     def trace(self, shape: Shape | None = None) -> Trace:
         """One forward pass written down, made once for each input shape and kept."""
-        shape = shape or self._shape()
+        shape = shape or self.input_shape
         key = ("trace", *self._key(shape))
         if key not in self._kept:
             with self.borrow():
@@ -175,6 +166,14 @@ class Handle:
             self._kept[key] = Pace.beginning(*shape[1:], self.device)
         pace: Pace = self._kept[key]
         return pace
+
+    def keep(self, what: object, shape: Shape, make: Callable[[], T]) -> T:
+        """What `make` finds out about the model at this input shape, made once and kept beside the module."""
+        key = (what, *self._key(shape))
+        if key not in self._kept:
+            self._kept[key] = make()
+        kept: T = self._kept[key]
+        return kept
 
     def _key(self, shape: Shape) -> tuple[object, ...]:
         """Changes when layers are added, exchanged or removed, or other facts are stated about them."""
@@ -380,7 +379,9 @@ class Handle:
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def _shape(self) -> Shape:
+    @property
+    def input_shape(self) -> Shape:
+        """(C, H, W) of the model's own inputs. Raises `BadInput` if it is not known."""
         if self.spec.input_size is None:
             raise BadInput("this model's input size is not known; give it: tl.wrap(module, input_size=(3, H, W))")
         return self.spec.input_size

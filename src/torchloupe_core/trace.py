@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchloupe_core.errors import LoupeError
+from torchloupe_core.errors import LoupeError, UnknownName
 from torchloupe_core.layout import Grid, Layout, infer, plausible_grid
 from torchloupe_core.spec import Spec
-from torchloupe_core.watch import first_tensor, hooked
+from torchloupe_core.watch import Place, first_tensor, hooked
 
 __all__ = ["Layer", "Trace", "is_inside_attention", "run"]
 
@@ -64,6 +64,22 @@ class Trace:
     inputs: dict[str, Layer] = field(default_factory=dict)
     outputs: int | None = None
     rectified: int = 0
+
+    def layer(self, name: str, known: Collection[str] = ()) -> Layer:
+        """The layer of that name; `relu#1` is a call of a module that runs several times, `fc.in` its input.
+
+        known: the names of the model's modules, among which may be some that do not run.
+        """
+        place = Place.parse(name)
+        if place.module not in self.layers:
+            where = "that runs in the forward pass" if place.module in known else ""
+            raise UnknownName.of("layer", place.module, self.layers, where)
+        found = self.layers[place.module]
+        if place.call is not None and not 1 <= place.call <= found.calls:
+            raise UnknownName(f"no call {place.call} of {place.module!r}; it runs {found.calls} times, counted from 1")
+        if place.entering:
+            return self.inputs[place.module]
+        return self.calls[f"{place.module}#{place.call or found.calls}"]
 
 
 def run(module: nn.Module, spec: Spec, inputs: Tensor, logits: Callable[[Any], Tensor]) -> Trace:
