@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchloupe._activations import activations
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
+    from torchloupe._receptive import receptive_field
     from torchloupe._tables import methods
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
+    from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
     from torchloupe_core.results import open_result as open
     from torchloupe_core.spec import Spec
@@ -54,6 +56,7 @@ __all__ = [
     "Filters",
     "Handle",
     "Layout",
+    "ReceptiveField",
     "Spec",
     "Target",
     "activations",
@@ -73,6 +76,7 @@ __all__ = [
     "neuron",
     "open",
     "prob",
+    "receptive_field",
     "region",
     "sigmoid",
     "similarity",
@@ -88,6 +92,7 @@ _HOMES = {
     "Filters": "torchloupe_core.filters",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
+    "ReceptiveField": "torchloupe_core.receptive",
     "Spec": "torchloupe_core.spec",
     "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
@@ -97,6 +102,7 @@ _HOMES = {
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "open": "torchloupe_core.results:open_result",
+    "receptive_field": "torchloupe._receptive",
     "target": f"{_TARGETS}:parse",
     "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",

@@ -200,7 +200,7 @@ def _print_row(row: Row) -> None:
     _print(f"{click.format_filename(row.image)}  {row.method}  {value}  {file}")
 
 
-# -- methods, layers, demo --------------------------------------------------------------------------------------------
+# -- methods, layers, receptive-field, demo ----------------------------------------------------------------------------
 
 
 @main.command()
@@ -263,13 +263,8 @@ def _layers(handle: Handle, size: tuple[int, int, int] | None) -> Iterator[dict[
     shape = size or handle.spec.input_size
     if shape is None:
         raise BadInput("this model's input size is not known; give it with --input-size C,H,W")
-    try:
+    with _sized(size):
         trace = handle.trace(shape)
-    except Exception as error:
-        if size is None:
-            raise
-        problem = (str(error) or repr(error)).splitlines()[0]
-        raise BadInput(f"the model fails on an input of {_cell(size)}: {problem}") from error
     marks: dict[str, list[str]] = {}
     for mark, ask in (("features", handle.features_at), ("embedding", handle.embedding_at)):
         with contextlib.suppress(NotApplicable):
@@ -280,10 +275,79 @@ def _layers(handle: Handle, size: tuple[int, int, int] | None) -> Iterator[dict[
         yield _layer(layer, marks)
 
 
+@contextlib.contextmanager
+def _sized(size: tuple[int, int, int] | None) -> Iterator[None]:
+    """Inside, a model that fails on an input of the size asked for is bad input."""
+    try:
+        yield
+    except Exception as error:
+        if size is None or isinstance(error, LoupeError):
+            raise
+        problem = (str(error) or repr(error)).splitlines()[0]
+        raise BadInput(f"the model fails on an input of {_cell(size)}: {problem}") from error
+
+
 def _layer(layer: Layer, marks: dict[str, list[str]]) -> dict[str, Any]:
     order = layer.layout and layer.layout.order
     facts = {"name": layer.name, "kind": layer.kind, "channels": layer.channels, "size": layer.size, "layout": order}
     return {**facts, "calls": layer.calls, "mark": " ".join(marks.get(layer.name, []))}
+
+
+def _place(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    row, _, col = text.partition(",")
+    if not (row.strip().isdecimal() and col.strip().isdecimal()):
+        raise click.BadParameter(f"{text!r} is not ROW,COL, as in 10,3")
+    return int(row), int(col)
+
+
+@main.command(no_args_is_help=True)
+@click.argument("model")
+@click.argument("layer")
+@click.option("--channel", type=click.IntRange(min=0), help="One channel; around all of them unless given.")
+@click.option("--at", metavar="ROW,COL", callback=_place, help="A position of the map, to see its box.")
+@click.option("--without-gates", is_flag=True, help="Leave out what reads the whole map at once.")
+@click.option("--no-pretrained", is_flag=True, help="Random weights; nothing is fetched.")
+@click.option("--input-size", metavar="C,H,W", help="Of one input; the model's own unless given.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def receptive_field(
+    model: str,
+    layer: str,
+    channel: int | None,
+    at: tuple[int, int] | None,
+    without_gates: bool,
+    no_pretrained: bool,
+    input_size: str | None,
+    as_json: bool,
+) -> None:
+    """What the positions of a LAYER of MODEL read of the image.
+
+    Position i reads size pixels from i * stride - padding on. With --at also the box of that position, as top, left,
+    bottom and right, and how many pixels the image's border cuts off at each of these sides.
+
+    \b
+    Example:
+      torchloupe receptive-field torchvision/resnet50 layer1 --no-pretrained --at 10,3
+    """
+    import torchloupe as tl
+    from torchloupe._tables import aligned
+
+    size = None if input_size is None else _shape(input_size)
+    handle = _load(model, no_pretrained)
+    with _sized(size):
+        found = tl.receptive_field(handle, layer, channel, without_gates=without_gates, input_size=size)
+    names = ("layer", "channel", "size", "stride", "padding", "regular", "grid", "image")
+    row = {name: getattr(found, name) for name in names}
+    if at is not None:
+        row |= {"box": found.box(*at), "cut": found.clipped(*at).cut}
+    if as_json:
+        _print(json.dumps({**row, "measured": found.measured}))
+        return
+    if found.measured:
+        _say(f"measured, for {found.measured}")
+    cells = (_cell(value, "," if name in ("box", "cut") else "x") for name, value in row.items())
+    _print(aligned([tuple(row), tuple(cells)]))
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from torchloupe_core import outputs
 from torchloupe_core import trace as tracing
 from torchloupe_core.atoms import Reduce
 from torchloupe_core.borrow import borrowed
-from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
+from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.layout import to_map
 from torchloupe_core.pace import Pace
 from torchloupe_core.spec import Spec
@@ -125,12 +125,12 @@ class Handle:
     @property
     def features(self) -> str:
         """The last spatial layer that still reaches the output: what CAM and Grad-CAM read unless told otherwise."""
-        return self.features_at(self._shape())
+        return self.features_at(self.input_shape)
 
     @property
     def embedding(self) -> str:
         """What goes into the classifier, as a layer name."""
-        return self.embedding_at(self._shape())
+        return self.embedding_at(self.input_shape)
 
     def embedding_at(self, shape: Shape) -> str:
         """What goes into the classifier for inputs of this shape, as a layer name."""
@@ -160,26 +160,16 @@ class Handle:
 
     def layer(self, name: object, shape: Shape | None = None) -> Layer:
         """The layer of that name; `relu#1` is a call of a module that runs several times, `fc.in` its input."""
-        trace, place = self.trace(shape), Place.parse(str(name))
-        if place.module not in trace.layers:
-            known = place.module in dict(self.module.named_modules())
-            where = "that runs in the forward pass" if known else ""
-            raise UnknownName.of("layer", place.module, trace.layers, where)
-        found = trace.layers[place.module]
-        if place.call is not None and not 1 <= place.call <= found.calls:
-            raise UnknownName(f"no call {place.call} of {place.module!r}; it runs {found.calls} times, counted from 1")
-        if place.entering:
-            return trace.inputs[place.module]
-        return trace.calls[f"{place.module}#{place.call or found.calls}"]
+        return self.trace(shape).layer(str(name), dict(self.module.named_modules()))
 
     def trace(self, shape: Shape | None = None) -> Trace:
         """One forward pass written down, made once for each input shape and kept."""
-        shape = shape or self._shape()
+        shape = shape or self.input_shape
         return self.kept("trace", shape, lambda: self._traced(shape))
 
-    def kept(self, name: str, shape: Shape, find: Callable[[], Found]) -> Found:
+    def kept(self, what: object, shape: Shape, find: Callable[[], Found]) -> Found:
         """What `find` gives, found once for each input shape and as long as the model has the same parts."""
-        key = (name, *self._key(shape))
+        key = (what, *self._key(shape))
         if key not in self._kept:
             self._kept[key] = find()
         found: Found = self._kept[key]
@@ -421,7 +411,9 @@ class Handle:
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def _shape(self) -> Shape:
+    @property
+    def input_shape(self) -> Shape:
+        """(C, H, W) of the model's own inputs. Raises `BadInput` if it is not known."""
         if self.spec.input_size is None:
             raise BadInput("this model's input size is not known; give it: tl.wrap(module, input_size=(3, H, W))")
         return self.spec.input_size

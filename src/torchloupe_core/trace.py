@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchloupe_core.errors import LoupeError
+from torchloupe_core.errors import LoupeError, UnknownName
 from torchloupe_core.layout import MOST_PREFIX, Grid, Layout, infer, plausible_grid
 from torchloupe_core.outputs import Form, form_of, selected
 from torchloupe_core.spec import Spec
-from torchloupe_core.watch import first_tensor, hooked
+from torchloupe_core.watch import Place, first_tensor, hooked
 
 __all__ = ["Layer", "Trace", "is_inside_attention", "run"]
 
@@ -77,6 +77,22 @@ class Trace:
         Seen by torch's functions: a detour through numpy or a compiled function hides it.
         """
         return bool(self._sources.get(end or "", 0) & self._bits.get(layer, 0))
+
+    def layer(self, name: str, known: Collection[str] = ()) -> Layer:
+        """The layer of that name; `relu#1` is a call of a module that runs several times, `fc.in` its input.
+
+        known: the names of the model's modules, among which may be some that do not run.
+        """
+        place = Place.parse(name)
+        if place.module not in self.layers:
+            where = "that runs in the forward pass" if place.module in known else ""
+            raise UnknownName.of("layer", place.module, self.layers, where)
+        found = self.layers[place.module]
+        if place.call is not None and not 1 <= place.call <= found.calls:
+            raise UnknownName(f"no call {place.call} of {place.module!r}; it runs {found.calls} times, counted from 1")
+        if place.entering:
+            return self.inputs[place.module]
+        return self.calls[f"{place.module}#{place.call or found.calls}"]
 
 
 def run(module: nn.Module, spec: Spec, inputs: Tensor) -> Trace:

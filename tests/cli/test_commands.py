@@ -182,6 +182,54 @@ def test_layers_that_cannot_be_listed(run: Run, arguments: list[str], said: str)
     assert said in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+# -- receptive-field --------------------------------------------------------------------------------------------------
+
+
+def test_a_receptive_field_as_a_table(run: Run) -> None:
+    lines = run("receptive-field", "demo", "layer2", "--no-pretrained", "--at", "0,5").stdout.splitlines()
+    found = tl.receptive_field("demo", "layer2")
+    row = dict(zip(lines[0].split(), lines[1].split(), strict=True))
+    assert (row["layer"], row["channel"], row["image"]) == ("layer2", "-", "64x64")
+    assert [int(row[name]) for name in ("size", "stride", "padding")] == [found.size, found.stride, found.padding]
+    assert row["box"] == ",".join(map(str, found.box(0, 5)))
+    assert row["cut"] == f"{found.padding},{max(0, -found.box(0, 5)[1])},0,0"
+
+
+def test_a_receptive_field_as_json(run: Run) -> None:
+    asked = ("receptive-field", "demo", "layer3", "--channel", 5, "--input-size", "3,32,96", "--json")
+    row = json.loads(run(*asked).stdout)
+    field = tl.receptive_field("demo", "layer3", 5, input_size=(3, 32, 96))
+    assert (row["layer"], row["channel"], row["image"], row["grid"]) == ("layer3", 5, [32, 96], list(field.grid))
+    assert (row["size"], row["stride"], row["padding"], row["measured"]) == (
+        field.size,
+        field.stride,
+        field.padding,
+        None,
+    )
+
+
+def test_a_receptive_field_without_gates(run: Run) -> None:
+    asked = ("receptive-field", "timm/vit_tiny_patch16_224", "blocks.3", "--no-pretrained", "--json")
+    whole, local = (json.loads(run(*asked, *more).stdout) for more in ([], ["--without-gates"]))
+    assert (whole["size"], whole["stride"], local["size"], local["stride"]) == (224, 0, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["layr3"], "did you mean 'layer3'"),
+        (["layer3", "--channel", "900"], "there is no channel 900"),
+        (["layer3", "--at", "99,0"], "no position 99,0 in the 8x8 map of 'layer3'"),
+        (["layer3", "--at", "9"], "'9' is not ROW,COL, as in 10,3"),
+        (["layer3", "--input-size", "1,64,64"], "the model fails on an input of 1x64x64: "),
+    ],
+)
+def test_receptive_fields_that_cannot_be_had(run: Run, arguments: list[str], said: str) -> None:
+    result = run("receptive-field", "demo", *arguments)
+    assert result.exit_code == 2 and not result.stdout
+    assert said in result.stderr
+
+
 # -- demo -------------------------------------------------------------------------------------------------------------
 
 

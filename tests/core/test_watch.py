@@ -326,7 +326,7 @@ def test_callers_in_any_mode(specimen: str, mode: Callable[[], Any]) -> None:
     expected, layers = SPECIMENS[specimen]()[0].features, list(SPECIMENS[specimen]()[0].layers)
     with mode():
         handle, _ = SPECIMENS[specimen]()  # a model made there, too
-        inputs = torch.ones(1, *handle._shape())
+        inputs = torch.ones(1, *handle.input_shape)
     for fresh, images in ((handle, inputs), (SPECIMENS[specimen]()[0], inputs)):
         with mode():
             assert fresh.features == expected and list(fresh.layers) == layers
