@@ -26,10 +26,8 @@ class MethodTable(list[Method]):
 
     def markdown(self) -> str:
         """The table as Markdown, for a README."""
-        rows = ["| method | needs | cost | paper |", "|---|---|---|---|"]
-        rows += [
-            f"| `{entry.name}` | {', '.join(entry.needs) or '-'} | {entry.cost} | {entry.paper} |" for entry in self
-        ]
+        rows = ["| method | backend | needs | cost | paper |", "|---|---|---|---|---|"]
+        rows += [f"| `{name}` | " + " | ".join(rest) + " |" for _, name, *rest in map(self._cells, self)]
         return "\n".join(rows) + "\n"
 
     @staticmethod
