@@ -91,7 +91,7 @@ class Top(_State):
         """Scores and positions of each image's best, `[N, C, m]`; position -1 where the score does not suffice."""
         flat = maps.flatten(2) if self.largest else -maps.flatten(2)
         if self.per_image > 1:
-            values, order = flat.sort(2, descending=True, stable=True)
+            values, order = flat.sort(dim=2, descending=True, stable=True)
             return values[:, :, : self.per_image], order[:, :, : self.per_image]
         values = flat.amax(2)
         positions = torch.full_like(values, -1, dtype=torch.long)
