@@ -10,6 +10,7 @@ from torchloupe_core import registry
 
 __all__ = ["METHODS", "SHORT_NAMES"]
 
+_ATTENTION = "torchloupe_core.methods.attention"
 _CAM = "torchloupe_core.methods.cam"
 _CAM_MASKS = "torchloupe_core.methods.cam_masks"
 _CAPTUM = "torchloupe_adapters.captum"
@@ -20,6 +21,8 @@ METHODS = {
         for name in ("cam", "eigen_cam", "grad_cam", "grad_cam++", "hires_cam", "layer_cam", "xgrad_cam")
     },
     ("explain", "ablation_cam"): _CAM_MASKS,
+    ("explain", "attention_relevance"): _ATTENTION,
+    ("explain", "attention_rollout"): _ATTENTION,
     ("explain", "score_cam"): _CAM_MASKS,
     ("explain", "rise"): "torchloupe_core.methods.rise",
     ("explain", "captum.saliency"): _CAPTUM,

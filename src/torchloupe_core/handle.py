@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torchloupe_core.watch import Exchange, Place, Watch, hooked
 __all__ = ["Guess", "Handle", "Reading", "unwrapped"]
 
 Shape = tuple[int, int, int]
+Found = TypeVar("Found")
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
@@ -155,17 +156,14 @@ class Handle:
     def trace(self, shape: Shape | None = None) -> Trace:
         """One forward pass written down, made once for each input shape and kept."""
         shape = shape or self._shape()
-        key = ("trace", *self._key(shape))
+        return self.kept("trace", shape, lambda: self._traced(shape))
+
+    def kept(self, name: str, shape: Shape, find: Callable[[], Found]) -> Found:
+        """What `find` gives, found once for each input shape and as long as the model has the same parts."""
+        key = (name, *self._key(shape))
         if key not in self._kept:
-            with self.borrow():
-                noise = torch.randn((tracing.BATCH, *shape), generator=torch.Generator().manual_seed(0))
-                try:
-                    inputs = noise.to(self.device, self.dtype)
-                    self._kept[key] = tracing.run(self.module, self.spec, inputs, self.logits)
-                except Exception as error:
-                    error.add_note(f"torchloupe was running the model on an input of shape {list(shape)}")
-                    raise
-        found: Trace = self._kept[key]
+            self._kept[key] = find()
+        found: Found = self._kept[key]
         return found
 
     def pace(self, shape: Shape) -> Pace:
@@ -175,6 +173,15 @@ class Handle:
             self._kept[key] = Pace.beginning(*shape[1:], self.device)
         pace: Pace = self._kept[key]
         return pace
+
+    def _traced(self, shape: Shape) -> Trace:
+        with self.borrow():
+            noise = torch.randn((tracing.BATCH, *shape), generator=torch.Generator().manual_seed(0))
+            try:
+                return tracing.run(self.module, self.spec, noise.to(self.device, self.dtype), self.logits)
+            except Exception as error:
+                error.add_note(f"torchloupe was running the model on an input of shape {list(shape)}")
+                raise
 
     def _key(self, shape: Shape) -> tuple[object, ...]:
         """Changes when layers are added, exchanged or removed, or other facts are stated about them."""

@@ -23,7 +23,10 @@ METHODS = [entry.name for entry in tl.methods("explain")]
 
 # Which methods refuse which specimens, so that neither a refusal nor an answer appears unnoticed.
 NO_RELU_MODULES = {"concat", "depthwise", "nhwc", "vit_registers"}
+NO_PLAIN_ATTENTION = set(SPECIMENS) - {"vit_registers"}
 REFUSED = {
+    "attention_relevance": NO_PLAIN_ATTENTION,
+    "attention_rollout": NO_PLAIN_ATTENTION,
     "cam": {"concat", "vit_registers"},
     "captum.guided_backprop": NO_RELU_MODULES,
 }

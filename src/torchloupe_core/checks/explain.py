@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchloupe_core import registry
+from torchloupe_core.attention import plain_attention
 from torchloupe_core.checks.snapshot import Snapshot
 from torchloupe_core.checks.trial import Trial
 from torchloupe_core.errors import BadInput, LoupeError, NotApplicable
@@ -290,6 +291,14 @@ def lacks(trial: Trial) -> list[str]:
     return [f"{need}: {why}" for need in trial.method.needs if need in _LACKING and (why := _LACKING[need](trial))]
 
 
+def _no_attention(trial: Trial) -> str:
+    try:
+        plain_attention(trial.handle, trial.shape)
+    except NotApplicable as error:
+        return str(error)
+    return ""
+
+
 def _no_layer(trial: Trial) -> str:
     try:
         trial.handle.features_at(trial.shape)
@@ -328,7 +337,7 @@ def _no_pooled_linear(trial: Trial) -> str:
     return "" if apart <= POOLED_TOLERANCE * float(logits.abs().max()) else f"more follows {layer!r} than pooling"
 
 
-_LACKING = {"layer": _no_layer, "relu": _no_relu, "pooled_linear": _no_pooled_linear}
+_LACKING = {"attention": _no_attention, "layer": _no_layer, "relu": _no_relu, "pooled_linear": _no_pooled_linear}
 
 
 # -- staging ----------------------------------------------------------------------------------------------------------
