@@ -20,6 +20,7 @@ from torch import Tensor
 from torchloupe_core.dataset import DataSet, Sample, batches
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle, Shape
+from torchloupe_core.images import finite
 from torchloupe_core.layout import to_map
 from torchloupe_core.pace import Pace
 from torchloupe_core.statistics import Statistic
@@ -58,22 +59,30 @@ def scan(
     out; otherwise the first one raises `BadInput`. Raises `BadInput` if no image can be read.
     """
     begun, found = time.perf_counter(), Scanned()
-    pace = _pace(handle, data, batch_size)
-    reader = _Reader(data, batches(data, max(1, pace.size // 2), workers), found, skip_failures)
-    total = data.length or ENDLESS
-    computing = torch.autocast(handle.device.type, autocast) if autocast is not None else contextlib.nullcontext()
-    with handle.borrow(), computing:
-        for _, done, samples in pace.run(
-            total, lambda start, stop: _look(handle, statistics, reader.take(start, stop))
-        ):
-            progress(min(done, data.length or done), data.length or done)
-            if samples is None:
-                break
-            found.images += samples
+    if not statistics:
+        raise BadInput("no layer was named, so there is nothing to look at")
+    pace, total = _pace(handle, data, batch_size), data.length
+    with (
+        contextlib.closing(batches(data, max(1, pace.size // 2), workers)) as parts,
+        handle.borrow(),
+        _computing(handle, autocast),
+    ):
+        reader = _Reader(data, parts, found, skip_failures)
+        asked = pace.run(
+            total or ENDLESS, lambda start, stop: _look(handle, data, statistics, reader.take(start, stop))
+        )
+        with contextlib.suppress(_AllRead):
+            for start, _, images in asked:
+                found.images += images
+                progress(start + reader.taken, total or start + reader.taken)
     found.seconds = time.perf_counter() - begun
     if not found.images:
         raise BadInput(_nothing_read(found))
     return found
+
+
+class _AllRead(Exception):
+    """There are no more samples."""
 
 
 class _Reader:
@@ -82,38 +91,48 @@ class _Reader:
     def __init__(self, data: DataSet, parts: Iterator[list[Sample]], found: Scanned, skip_failures: bool) -> None:
         self.data, self.parts, self.found, self.skip_failures = data, parts, found, skip_failures
         self.first, self.held = 0, []  # type: int, list[Sample]
+        self.taken = 0  # how many there were when last asked
+        self.broken: Exception | None = None
 
-    def take(self, start: int, stop: int) -> list[Sample] | None:
-        """The samples from `start` to `stop` that could be read; None after the last."""
+    def take(self, start: int, stop: int) -> list[Sample]:
+        """The samples from `start` to `stop` that could be read. Raises `_AllRead` after the last."""
         self.held, self.first = self.held[start - self.first :], start
-        while len(self.held) < stop - start:
-            part = next(self.parts, None)
-            if part is None:
-                break
+        while len(self.held) < stop - start and (part := self._next()) is not None:
             self.held += [self._noted(sample) for sample in part]
+        self.taken = min(len(self.held), stop - start)
         if not self.held:
-            return None
+            raise _AllRead
         return [sample for sample in self.held[: stop - start] if sample.inputs is not None]
+
+    def _next(self) -> list[Sample] | None:
+        if self.broken is not None:  # memory that ends here does not end the data set
+            raise self.broken
+        try:
+            return next(self.parts, None)
+        except Exception as error:
+            self.broken = error
+            raise
 
     def _noted(self, sample: Sample) -> Sample:
         if sample.error is not None:
             if not self.skip_failures:
-                raise BadInput(f"{self.data.name(sample.index)}: {sample.error}")
+                name = self.data.name(sample.index)
+                raise BadInput(sample.error if name in sample.error else f"{name}: {sample.error}")
             self.found.skipped[sample.index] = sample.error
         if sample.label is not None:
             self.found.labels[sample.index] = sample.label
         return sample
 
 
-def _look(handle: Handle, statistics: Mapping[str, Sequence[Statistic]], samples: list[Sample] | None) -> int | None:
+def _look(
+    handle: Handle, data: DataSet, statistics: Mapping[str, Sequence[Statistic]], samples: Sequence[Sample]
+) -> int:
     """One forward pass for each size of image among the samples; the statistics take it in when all went well."""
-    if samples is None:
-        return None
     seen = []
     for shape, group in _by_shape(samples).items():
-        looked: list[tuple[Statistic, Any]] = []
         inputs = torch.stack([sample.inputs for sample in group if sample.inputs is not None])
-        _forward(handle, statistics, inputs.to(handle.device, handle.dtype), shape, looked)
+        names = [data.name(sample.index) for sample in group]
+        looked = _forward(handle, statistics, inputs.to(handle.device, handle.dtype), shape, names)
         seen.append((torch.tensor([sample.index for sample in group]), looked))
     for indices, looked in seen:
         for statistic, what in looked:
@@ -122,12 +141,11 @@ def _look(handle: Handle, statistics: Mapping[str, Sequence[Statistic]], samples
 
 
 def _forward(
-    handle: Handle,
-    statistics: Mapping[str, Sequence[Statistic]],
-    inputs: Tensor,
-    shape: Shape,
-    looked: list[tuple[Statistic, Any]],
-) -> None:
+    handle: Handle, statistics: Mapping[str, Sequence[Statistic]], inputs: Tensor, shape: Shape, names: Sequence[str]
+) -> list[tuple[Statistic, Any]]:
+    """What each statistic saw of a batch of images of one size."""
+    looked: list[tuple[Statistic, Any]] = []
+
     def looking(layer: str) -> Callable[[Tensor], Tensor]:
         layout = handle.layer(layer, shape).layout
         if layout is None:
@@ -135,8 +153,7 @@ def _forward(
 
         def look(activation: Tensor) -> Tensor:
             maps = to_map(activation, layout)
-            if not bool(maps.sum(dtype=torch.float32).isfinite()):  # one number, where a mask is as large as the map
-                raise BadInput(f"layer {layer!r} holds NaN or infinity for an image of the data set")
+            _require_finite(maps, f"layer {layer!r}", names)
             looked.extend((statistic, statistic.look(maps)) for statistic in statistics[layer])
             return activation
 
@@ -144,6 +161,13 @@ def _forward(
 
     with handle.watch(shape=shape, exchange={layer: looking(layer) for layer in statistics}) as watch:
         watch(inputs)
+    return looked
+
+
+def _require_finite(values: Tensor, what: str, names: Sequence[str]) -> None:
+    if not finite(values):
+        bad = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+        raise BadInput(f"{what} holds NaN or infinity for {names[bad[0]]}")
 
 
 def _by_shape(samples: Sequence[Sample]) -> dict[Shape, list[Sample]]:
@@ -156,12 +180,23 @@ def _by_shape(samples: Sequence[Sample]) -> dict[Shape, list[Sample]]:
 
 
 def _pace(handle: Handle, data: DataSet, batch_size: int | None) -> Pace:
-    given = batch_size or data.batch_size
+    given = data.batch_size if batch_size is None else batch_size
     if given is not None:
         if given < 1:
             raise BadInput(f"batch_size is at least 1; got {given}")
         return Pace(given, settled=True)
     return handle.pace(handle.spec.input_size or (3, 224, 224))
+
+
+def _computing(handle: Handle, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    if autocast is None:
+        return contextlib.nullcontext()
+    if autocast not in (torch.bfloat16, torch.float16) or handle.dtype == torch.float64:
+        raise BadInput(
+            "autocast is torch.bfloat16 or torch.float16, for a model that is not in float64; "
+            f"got {autocast} for one in {handle.dtype}"
+        )
+    return torch.autocast(handle.device.type, autocast)
 
 
 def _nothing_read(found: Scanned) -> str:
