@@ -3,7 +3,8 @@
     found = scan(handle, data, {"layer4": [Top(9), Moments()], "layer3": [Top(9)]})
 
 Each batch costs one forward pass, stopped after the last layer asked for. A statistic looks at its layer's map while
-the pass is there; nothing of the map is kept.
+the pass is there; nothing of the map is kept. It takes in what it saw when the pass has come to its end, so that one
+that runs out of memory counts for nothing and is asked again, of fewer images.
 """
 
 from __future__ import annotations
@@ -72,8 +73,11 @@ def scan(
             total or ENDLESS, lambda start, stop: _look(handle, data, statistics, reader.take(start, stop))
         )
         with contextlib.suppress(_AllRead):
-            for start, _, images in asked:
-                found.images += images
+            for start, _, seen in asked:
+                for indices, looked in seen:
+                    found.images += len(indices)
+                    for statistic, what in looked:
+                        statistic.update(what, indices)
                 progress(start + reader.taken, total or start + reader.taken)
     found.seconds = time.perf_counter() - begun
     if not found.images:
@@ -124,27 +128,27 @@ class _Reader:
         return sample
 
 
+Looked = list[tuple[Statistic, Any]]
+
+
 def _look(
     handle: Handle, data: DataSet, statistics: Mapping[str, Sequence[Statistic]], samples: Sequence[Sample]
-) -> int:
-    """One forward pass for each size of image among the samples; the statistics take it in when all went well."""
+) -> list[tuple[Tensor, Looked]]:
+    """One forward pass for each size of image among the samples: the images' indices, and what was seen of them."""
     seen = []
     for shape, group in _by_shape(samples).items():
         inputs = torch.stack([sample.inputs for sample in group if sample.inputs is not None])
         names = [data.name(sample.index) for sample in group]
         looked = _forward(handle, statistics, inputs.to(handle.device, handle.dtype), shape, names)
         seen.append((torch.tensor([sample.index for sample in group]), looked))
-    for indices, looked in seen:
-        for statistic, what in looked:
-            statistic.update(what, indices)
-    return len(samples)
+    return seen
 
 
 def _forward(
     handle: Handle, statistics: Mapping[str, Sequence[Statistic]], inputs: Tensor, shape: Shape, names: Sequence[str]
-) -> list[tuple[Statistic, Any]]:
+) -> Looked:
     """What each statistic saw of a batch of images of one size."""
-    looked: list[tuple[Statistic, Any]] = []
+    looked: Looked = []
 
     def looking(layer: str) -> Callable[[Tensor], Tensor]:
         layout = handle.layer(layer, shape).layout

@@ -137,7 +137,7 @@ class Top(_State):
     def update(self, looked: tuple[Tensor, Tensor], indices: Tensor) -> None:
         values, positions = (one.transpose(0, 1).flatten(1) for one in looked)  # [C, N * m]
         images = indices.to(values.device).repeat_interleave(looked[0].shape[2]).expand_as(positions)
-        self._take(values, images.where(positions >= 0, -1), positions)
+        self._take(values, images, positions)
 
     def merge(self, other: Self) -> None:
         self._require_alike(vars(other))
@@ -154,7 +154,7 @@ class Top(_State):
             self.scores = new[0].new_full((len(new[0]), self.k), -torch.inf)
             self.indices = new[1].new_full(self.scores.shape, -1)
             self.positions = self.indices.clone()
-        channels = (new[1] >= 0).any(1).nonzero()[:, 0]
+        channels = (new[2] >= 0).any(1).nonzero()[:, 0]
         if not len(channels):
             return
         held = [self.scores, self.indices, self.positions]
@@ -369,7 +369,7 @@ class Quantiles(_State):
             self.levels[level] = held
             return
         even = held.shape[1] // 2 * 2
-        self.levels[level] = held[:, even:].clone()
+        self.levels[level] = held[:, even:]
         self._take(level + 1, _sorted(held[:, :even])[:, self._coin(level) :: 2])
 
     def _coin(self, level: int) -> int:

@@ -233,6 +233,12 @@ def test_a_loader_gives_its_items_by_their_own_index(options: dict[str, Any], ex
     assert data.batch_size == (None if "batch_sampler" in options else options.get("batch_size", 1))
 
 
+def test_a_loader_without_batches_gives_pictures_as_they_are() -> None:
+    arrays = Items(lambda index: (np.asarray(picture(index)), index))
+    samples = read(open_data(DataLoader(arrays, batch_size=None), SPEC))
+    assert shades(samples) == [sample.label for sample in samples] == list(range(6))
+
+
 @pytest.mark.parametrize(
     ("collate", "label"),
     [

@@ -347,6 +347,19 @@ def test_memory_that_ends_for_one_image_ends_the_scan() -> None:
         scanned(handle, torch.randn(9, 3, 8, 8), {"after": [Top(1)]})
 
 
+def test_memory_that_ends_while_a_statistic_takes_in_is_an_error_not_a_second_try() -> None:
+    handle, inputs = exact()
+
+    class Fails(Top):
+        def update(self, looked: Any, indices: Tensor) -> None:
+            raise MemoryError
+
+    moments = Moments()
+    with pytest.raises(MemoryError):
+        scanned(handle, inputs, {"conv": [moments, Fails(1)]}, batch_size=8)
+    assert moments.count == 8 * 120
+
+
 def test_memory_that_ends_while_reading_does_not_end_the_data_set_early() -> None:
     handle, inputs = exact()
 

@@ -217,6 +217,16 @@ def test_histograms_are_torchs_whatever_the_order_of_the_values(
         assert torch.equal(counts[channel], expected.long())
 
 
+@pytest.mark.parametrize("bins", [12, 100, 1024])
+def test_values_beside_an_edge_fall_on_their_side_of_it(bins: int) -> None:
+    edges = (torch.arange(-bins // 2, bins // 2 + 1, dtype=torch.float64) / (bins // 2))[:-1].float()
+    ends = torch.tensor([-torch.inf, torch.inf])
+    values = torch.cat([edges, edges[1:].nextafter(ends[0]), edges.nextafter(ends[1])])
+    counts, bounds = fed(Histogram(bins), values[:, None, None, None], 50).compute()
+    assert bounds[-1] == 2  # as -1 is among them
+    assert torch.equal(counts[0], torch.histogram(values.double(), bounds).hist.long())
+
+
 def test_a_histogram_begins_with_zeros_and_holds_the_range_it_needs() -> None:
     histogram = fed(Histogram(8), torch.zeros(3, 1, 2, 2))
     histogram.update(histogram.look(torch.tensor([-1.0, 0.999, 0.25]).view(3, 1, 1, 1)), torch.arange(3))
@@ -350,6 +360,8 @@ def test_a_state_put_away_goes_on_to_the_same_answer(
     values, indices = maps(), list(range(40))
     first = fed(MAKERS[name](), values[:24])
     state = first.state_dict()
+    for value in state.values():  # nothing more goes into a file than there is to say
+        assert not isinstance(value, Tensor) or value.untyped_storage().nbytes() == value.nbytes
     fed(first, values[24:], indices=indices[24:])  # the state is a copy
     second = MAKERS[name]()
     second.load_state_dict(way(state))
