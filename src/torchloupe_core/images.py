@@ -19,7 +19,7 @@ from torch import Tensor
 from torchloupe_core.errors import BadInput
 from torchloupe_core.spec import Preprocess, Spec, resize_and_normalise
 
-__all__ = ["SUFFIXES", "find", "open_picture", "read"]
+__all__ = ["SUFFIXES", "find", "finite", "open_picture", "read", "read_one"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -39,6 +39,20 @@ def read(images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype) -
     _check(inputs, spec)
     with torch.inference_mode(False):  # or a caller inside it gets inputs that no gradient can be asked for
         return inputs.detach().to(device, dtype, copy=True)
+
+
+def read_one(image: Any, spec: Spec, name: str) -> Tensor:
+    """One image as a model input `[C, H, W]` on the CPU, in its own precision. Raises `BadInput`, calling it `name`."""
+    inputs = _one(image, name, spec)[None]
+    _check(inputs, spec, [name])
+    with torch.inference_mode(False):
+        return inputs[0].detach().to("cpu", copy=True)
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: one sum, and a look at each only if that is neither."""
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return bool(values.sum(dtype=wide).isfinite()) or bool(values.isfinite().all())
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -143,16 +157,16 @@ def _preprocess(spec: Spec) -> Preprocess:
     return resize_and_normalise(spec.input_size, spec.mean, spec.std)
 
 
-def _check(inputs: Tensor, spec: Spec) -> None:
+def _check(inputs: Tensor, spec: Spec, names: Sequence[str] | None = None) -> None:
     if inputs.ndim != 4 or 0 in inputs.shape:
         raise BadInput(f"model inputs are [N, C, H, W] with at least one image; got {list(inputs.shape)}")
     if spec.channels is not None and inputs.shape[1] != spec.channels:
         raise BadInput(f"the model takes {spec.channels} channels; the images have {inputs.shape[1]}")
     if spec.fixed_size and spec.input_size is not None and tuple(inputs.shape[1:]) != spec.input_size:
         raise BadInput(f"the model takes inputs of {list(spec.input_size)} only; got {list(inputs.shape[1:])}")
-    bad = (~inputs.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise BadInput(f"the input holds NaN or infinity, in {_numbered(bad)}")
+    if not finite(inputs):
+        bad = (~inputs.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        raise BadInput(f"the input holds NaN or infinity, in {names[bad[0]] if names else _numbered(bad)}")
 
 
 def _numbered(indices: Sequence[int]) -> str:

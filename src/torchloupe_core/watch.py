@@ -135,7 +135,7 @@ class Watch:
             torch.set_grad_enabled(grad)  # a leaf switches it on half-way
         self._forward_done(len(inputs))
         for text, place in self._places.items():
-            if text not in self._seen:
+            if text not in self._seen_in:
                 raise BadInput(_never_ran(place, self._count.get(place.module, 0)))
         return output
 
@@ -177,7 +177,7 @@ class Watch:
         for text in texts:
             if text in self._exchange and self._is_meant(text, call):
                 tensor = self._exchange[text](tensor)
-        self._seen.update(dict.fromkeys(texts, tensor))
+        self._seen.update({text: tensor for text in texts if text not in self._unread})
         self._seen_in.update(dict.fromkeys(texts, call))
         if not self._through and self._complete():
             raise _Stop
