@@ -44,7 +44,7 @@ class Row:
     goal: float
     unit: str
     pair: Callable[[], tuple[Work, Work]]
-    rounds: int = 7
+    rounds: int = 5
 
 
 def main() -> None:
@@ -213,14 +213,14 @@ ROWS = [
     Row("guided_backprop", 1.1, "FB", lambda: _against_backward("guided_backprop")),
     Row("guided_grad_cam", 1.2, "FB", lambda: _against_backward("guided_grad_cam")),
     Row("integrated_gradients, 32 steps", 1.05, "of the loop", _path),
-    Row("rise, one class", 1.01, "of its forwards", lambda: _masked("rise", 256, n_masks=256)),
-    Row("rise, all classes", 1.05, "of its forwards", lambda: _all_classes(256)),
-    Row("lime", 1.03, "of its forwards", lambda: _masked("lime", 256, n_samples=256, segments=_segments(50))),
+    Row("rise, one class", 1.01, "of its forwards", lambda: _masked("rise", 128, n_masks=128)),
+    Row("rise, all classes", 1.05, "of its forwards", lambda: _all_classes(128)),
+    Row("lime", 1.03, "of its forwards", lambda: _masked("lime", 128, n_samples=128, segments=_segments(50))),
     Row(
         "kernel_shap",
         1.03,
         "of its forwards",
-        lambda: _masked("kernel_shap", 256, n_samples=256, segments=_segments(50)),
+        lambda: _masked("kernel_shap", 128, n_samples=128, segments=_segments(50)),
     ),
     Row("occlusion", 1.03, "of its forwards", lambda: _masked("occlusion", 257, window=28, stride=14)),
     *(
