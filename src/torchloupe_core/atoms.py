@@ -172,26 +172,32 @@ class Unit(Atom):
         return self
 
     def read(self, seen: Seen, reduce: Reduce) -> Tensor:
-        maps = seen.map(self.layer)  # [N, C, h, w]
+        values = self.map(seen.map(self.layer))
+        return values.mean((1, 2)) if reduce == "mean" else values.amax((1, 2))
+
+    def map(self, maps: Tensor) -> Tensor:
+        """Its value at each position of its layer's maps `[N, C, h, w]`, `[N, h, w]`; `[N, 1, 1]` if it has but one."""
         if self.position is not None:
-            rows, columns = maps.shape[2:]
-            row, column = (rows // 2, columns // 2) if self.position == "center" else self.position
+            row, column = self.place(maps.shape[2], maps.shape[3])
             maps = maps[:, :, row : row + 1, column : column + 1]
         if self.channel is not None:
-            unit = maps[:, self.channel]  # [N, h, w]
-            return unit.mean((1, 2)) if reduce == "mean" else unit.amax((1, 2))
+            return maps[:, self.channel]
         if self.direction is not None:
-            return self._along(maps, reduce)
-        return maps.square().mean((1, 2, 3))
+            return self._along(maps)
+        return maps.square().mean((1, 2, 3))[:, None, None]
 
-    def _along(self, maps: Tensor, reduce: Reduce) -> Tensor:
+    def place(self, height: int, width: int) -> tuple[int, int]:
+        """Where it is in a map of that size, if it has a position."""
+        return self.position if isinstance(self.position, tuple) else (height // 2, width // 2)
+
+    def _along(self, maps: Tensor) -> Tensor:
         """Dot product with the direction, times max(0.1, cosine) to a power (Olah 2017)."""
         vector = torch.tensor(self.direction, dtype=maps.dtype, device=maps.device)
         dot = torch.einsum("nchw,c->nhw", maps, vector)
         if self.power:
             norms = (maps.square().sum(1) + NORM_EPSILON).sqrt() * (vector.norm() + NORM_EPSILON)
             dot = dot * (dot / norms).clamp(min=COSINE_FLOOR) ** self.power
-        return dot.mean((1, 2)) if reduce == "mean" else dot.amax((1, 2))
+        return dot
 
 
 def class_index(label: int | str, model: Subject) -> int:

@@ -4,7 +4,8 @@
 
 Each batch costs one forward pass, stopped after the last layer asked for. A statistic looks at its layer's map while
 the pass is there; nothing of the map is kept. It takes in what it saw when the pass has come to its end, so that one
-that runs out of memory counts for nothing and is asked again, of fewer images.
+that runs out of memory counts for nothing and is asked again, of fewer images. Targets that read several layers or the
+output are asked when the pass is over, as `Joint`.
 """
 
 from __future__ import annotations
@@ -20,26 +21,53 @@ from torch import Tensor
 
 from torchloupe_core.dataset import DataSet, Sample, batches
 from torchloupe_core.errors import BadInput
-from torchloupe_core.handle import Handle, Shape
+from torchloupe_core.handle import Handle, Reading, Shape
 from torchloupe_core.images import finite
 from torchloupe_core.layout import to_map
 from torchloupe_core.pace import Pace
 from torchloupe_core.statistics import Statistic
+from torchloupe_core.targets import Bound, Target
 
-__all__ = ["Scanned", "scan"]
+__all__ = ["Joint", "Scanned", "scan"]
 
 Report = Callable[[int, int], None]
 ENDLESS = 2**62  # how long a stream may be
 
 
+@dataclass(frozen=True)
+class Joint:
+    """T targets, and the statistics of their values as maps `[N, T, 1, 1]`; a unit counts where it is largest."""
+
+    targets: Sequence[Target] = ()
+    statistics: Sequence[Statistic] = ()
+
+
 @dataclass
 class Scanned:
-    """What a pass came across: how many images, their labels where known, and what could not be read, with why."""
+    """What a pass came across: how many images, their labels where known, and what could not be read, with why.
+
+    shape: of the first image, as model input; others: of those whose shape differs from it.
+    """
 
     images: int = 0
     labels: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    shape: Shape | None = None
+    others: dict[int, Shape] = field(default_factory=dict)
+
+    def took(self, indices: Sequence[int], shape: Shape) -> None:
+        """Counts images that went through the model."""
+        self.images += len(indices)
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            self.others.update(dict.fromkeys(indices, shape))
+
+    def shape_of(self, index: int) -> Shape:
+        """(C, H, W) of an image that went through the model."""
+        if self.shape is None:
+            raise BadInput("no image was seen")
+        return self.others.get(index, self.shape)
 
 
 def scan(
@@ -47,6 +75,7 @@ def scan(
     data: DataSet,
     statistics: Mapping[str, Sequence[Statistic]],
     *,
+    joint: Joint | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
@@ -55,27 +84,26 @@ def scan(
 ) -> Scanned:
     """Sends every image through the model once and shows each layer's map to the statistics under its name.
 
-    batch_size: found while working unless given; halved where memory ends. workers: processes that read images.
-    autocast: the type to compute in, as `torch.bfloat16`. skip_failures: images that cannot be read are noted and left
-    out; otherwise the first one raises `BadInput`. Raises `BadInput` if no image can be read.
+    joint: targets that are asked of the whole pass. batch_size: found while working unless given; halved where memory
+    ends. workers: processes that read images. autocast: the type to compute in, as `torch.bfloat16`. skip_failures:
+    images that cannot be read are noted and left out; otherwise the first one raises `BadInput`. Raises `BadInput` if
+    no image can be read.
     """
     begun, found = time.perf_counter(), Scanned()
-    if not statistics:
+    if not statistics and joint is None:
         raise BadInput("no layer was named, so there is nothing to look at")
-    pace, total = _pace(handle, data, batch_size), data.length
+    pace, total, asked_of = _pace(handle, data, batch_size), data.length, _Pass(handle, data, statistics, joint)
     with (
         contextlib.closing(batches(data, max(1, pace.size // 2), workers)) as parts,
         handle.borrow(),
         _computing(handle, autocast),
     ):
         reader = _Reader(data, parts, found, skip_failures)
-        asked = pace.run(
-            total or ENDLESS, lambda start, stop: _look(handle, data, statistics, reader.take(start, stop))
-        )
+        asked = pace.run(total or ENDLESS, lambda start, stop: asked_of.look(reader.take(start, stop)))
         with contextlib.suppress(_AllRead):
             for start, _, seen in asked:
-                for indices, looked in seen:
-                    found.images += len(indices)
+                for shape, indices, looked in seen:
+                    found.took(indices.tolist(), shape)
                     for statistic, what in looked:
                         statistic.update(what, indices)
                 progress(start + reader.taken, total or start + reader.taken)
@@ -131,47 +159,61 @@ class _Reader:
 Looked = list[tuple[Statistic, Any]]
 
 
-def _look(
-    handle: Handle, data: DataSet, statistics: Mapping[str, Sequence[Statistic]], samples: Sequence[Sample]
-) -> list[tuple[Tensor, Looked]]:
-    """One forward pass for each size of image among the samples: the images' indices, and what was seen of them."""
-    seen = []
-    for shape, group in _by_shape(samples).items():
-        inputs = torch.stack([sample.inputs for sample in group if sample.inputs is not None])
-        names = [data.name(sample.index) for sample in group]
-        looked = _forward(handle, statistics, inputs.to(handle.device, handle.dtype), shape, names)
-        seen.append((torch.tensor([sample.index for sample in group]), looked))
-    return seen
+class _Pass:
+    """What is asked of each batch."""
 
+    def __init__(
+        self, handle: Handle, data: DataSet, statistics: Mapping[str, Sequence[Statistic]], joint: Joint | None
+    ) -> None:
+        self.handle, self.data, self.statistics, self.joint = handle, data, statistics, joint or Joint()
+        self.bound: dict[Shape, list[Bound]] = {}
 
-def _forward(
-    handle: Handle, statistics: Mapping[str, Sequence[Statistic]], inputs: Tensor, shape: Shape, names: Sequence[str]
-) -> Looked:
-    """What each statistic saw of a batch of images of one size."""
-    looked: Looked = []
+    def look(self, samples: Sequence[Sample]) -> list[tuple[Shape, Tensor, Looked]]:
+        """One forward pass for each size of image among the samples: that, their indices, and what was seen of them."""
+        seen = []
+        for shape, group in _by_shape(samples).items():
+            inputs = torch.stack([sample.inputs for sample in group if sample.inputs is not None])
+            indices = torch.tensor([sample.index for sample in group])
+            looked = self._forward(inputs.to(self.handle.device, self.handle.dtype), shape, indices)
+            seen.append((shape, indices, looked))
+        return seen
 
-    def looking(layer: str) -> Callable[[Tensor], Tensor]:
-        layout = handle.layer(layer, shape).layout
+    def _forward(self, inputs: Tensor, shape: Shape, indices: Tensor) -> Looked:
+        """What each statistic saw of a batch of images of one size."""
+        looked: Looked = []
+        exchange = {layer: self._looking(layer, shape, indices, looked) for layer in self.statistics}
+        layers = dict.fromkeys(name for target in self.joint.targets for name in target.layers)
+        through = any(target.reads_output for target in self.joint.targets)
+        with self.handle.watch(*layers, through=through, shape=shape, exchange=exchange) as watch:
+            reading = Reading(self.handle, watch, watch(inputs))
+        if self.joint.targets:
+            values = torch.stack([one.read(reading, "max") for one in self._bound(inputs, shape)], 1)
+            self._require_finite(values, "a target", indices)
+            looked.extend((one, one.look(values[:, :, None, None], indices)) for one in self.joint.statistics)
+        return looked
+
+    def _looking(self, layer: str, shape: Shape, indices: Tensor, looked: Looked) -> Callable[[Tensor], Tensor]:
+        layout = self.handle.layer(layer, shape).layout
         if layout is None:
             raise BadInput(f"layer {layer!r} gives no map of channels at inputs of {list(shape)}")
 
         def look(activation: Tensor) -> Tensor:
             maps = to_map(activation, layout)
-            _require_finite(maps, f"layer {layer!r}", names)
-            looked.extend((statistic, statistic.look(maps)) for statistic in statistics[layer])
+            self._require_finite(maps, f"layer {layer!r}", indices)
+            looked.extend((statistic, statistic.look(maps, indices)) for statistic in self.statistics[layer])
             return activation
 
         return look
 
-    with handle.watch(shape=shape, exchange={layer: looking(layer) for layer in statistics}) as watch:
-        watch(inputs)
-    return looked
+    def _bound(self, inputs: Tensor, shape: Shape) -> list[Bound]:
+        if shape not in self.bound:
+            self.bound[shape] = [self.handle.bind(target, inputs[:1])[0] for target in self.joint.targets]
+        return self.bound[shape]
 
-
-def _require_finite(values: Tensor, what: str, names: Sequence[str]) -> None:
-    if not finite(values):
-        bad = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
-        raise BadInput(f"{what} holds NaN or infinity for {names[bad[0]]}")
+    def _require_finite(self, values: Tensor, what: str, indices: Tensor) -> None:
+        if not finite(values):
+            bad = (~values.flatten(1).isfinite().all(1)).nonzero()[0, 0]
+            raise BadInput(f"{what} holds NaN or infinity for {self.data.name(int(indices[bad]))}")
 
 
 def _by_shape(samples: Sequence[Sample]) -> dict[Shape, list[Sample]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ SMALLEST = 2.0**-21  # a histogram resolves no range below this
 class Statistic(Protocol):
     """What the scan feeds. State is a dict of tensors and numbers."""
 
-    def look(self, maps: Tensor) -> Any:
-        """What of a batch's map `[N, C, h, w]` it needs."""
+    def look(self, maps: Tensor, indices: Tensor) -> Any:
+        """What it needs of a batch's map `[N, C, h, w]`; the images' indices are `[N]`."""
 
     def update(self, looked: Any, indices: Tensor) -> None:
         """Takes in a batch: what `look` gave, and the indices `[N]` of its images."""
@@ -122,7 +122,7 @@ class Top(_State):
         self.indices = torch.empty(0, 0, dtype=torch.long)
         self.positions = torch.empty(0, 0, dtype=torch.long)
 
-    def look(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, maps: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and positions of each image's best, `[N, C, m]`; position -1 where the score does not suffice."""
         flat = maps.flatten(2)
         best = flat.amax(2) if self.largest else -flat.amin(2)
@@ -166,24 +166,30 @@ class Top(_State):
 
 
 class Sampled(_State):
-    """Each channel's score, its largest value, and the position of it, for `size` images drawn without repetition.
+    """Each channel's score and the position of it for `size` images drawn without repetition.
 
-    Which images is decided by their index and the seed alone, so that shards draw what the whole would.
+    at: "max" for the largest value of an image's map, "random" for the value at a position drawn for each image. What
+    is drawn is decided by the image's index and the seed alone, so that shards draw what the whole would.
     """
 
-    _options = ("size", "seed")
+    _options = ("size", "seed", "at")
     _kept = ("ranks", "indices", "scores", "positions")
 
-    def __init__(self, size: int, *, seed: int = 0) -> None:
+    def __init__(self, size: int, *, seed: int = 0, at: Literal["max", "random"] = "max") -> None:
         if size < 1:
             raise BadInput(f"a sample holds at least 1 image; got {size}")
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.at = size, seed, at
         self.ranks = self.indices = torch.empty(0, dtype=torch.long)
         self.scores = torch.empty(0, 0)
         self.positions = torch.empty(0, 0, dtype=torch.long)
 
-    def look(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        scores, positions = _first(maps.flatten(2), 1)
+    def look(self, maps: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if self.at == "max":
+            scores, positions = _first(maps.flatten(2), 1)
+        else:
+            drawn = _ranks(indices, self.seed + 1) % maps[0, 0].numel()
+            positions = drawn.to(maps.device)[:, None, None].expand(*maps.shape[:2], 1)
+            scores = maps.flatten(2).gather(2, positions)
         return scores[:, :, 0], positions[:, :, 0]
 
     def update(self, looked: tuple[Tensor, Tensor], indices: Tensor) -> None:
@@ -225,7 +231,7 @@ class Moments(_State):
         self.count = 0
         self.mean = self.scatter = torch.empty(0, dtype=torch.float64)
 
-    def look(self, maps: Tensor) -> Self:
+    def look(self, maps: Tensor, indices: Tensor) -> Self:
         """The moments of this batch."""
         found = type(self)(covariance=self.covariance)
         for part in torch.split(maps, max(1, CHUNK // maps[0].numel())):
@@ -277,7 +283,7 @@ class Histogram(_State):
         self.reach = 0.0  # the range is [-reach, reach), a power of two
         self.counts = torch.empty(0, 0, dtype=torch.long)
 
-    def look(self, maps: Tensor) -> tuple[Tensor, float]:
+    def look(self, maps: Tensor, indices: Tensor) -> tuple[Tensor, float]:
         """The counts `[C, bins]` of this batch and their reach."""
         largest = max(abs(float(bound)) for bound in maps.aminmax())
         reach = max(self.reach, 2.0 ** math.frexp(max(largest, SMALLEST))[1])
@@ -338,7 +344,7 @@ class Quantiles(_State):
         self.levels: list[Tensor] = []  # a value at level l stands for 2 ** l
         self.halved = torch.zeros(64, dtype=torch.long)  # how often each level was
 
-    def look(self, maps: Tensor) -> list[tuple[int, Tensor]]:
+    def look(self, maps: Tensor, indices: Tensor) -> list[tuple[int, Tensor]]:
         """The values `[C, M]`, thinned to `size` where there are more, with their level."""
         flat = _wide(maps.transpose(0, 1).flatten(1))
         level = max(0, math.ceil(math.log2(flat.shape[1] / self.size)))
@@ -407,7 +413,7 @@ class Features(_State):
         self.indices: list[Tensor] = []
         self.vectors: list[Tensor] = []
 
-    def look(self, maps: Tensor) -> Tensor:
+    def look(self, maps: Tensor, indices: Tensor) -> Tensor:
         return _wide(maps).mean((2, 3)).cpu()
 
     def update(self, looked: Tensor, indices: Tensor) -> None:

@@ -19,6 +19,7 @@ canonical and parses back to an equal target, save that of `similarity` to an im
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -107,19 +108,31 @@ class Target:
 
 @dataclass(frozen=True)
 class Bound:
-    """A target checked against one model. `read` gives its value for each image, `[N]`."""
+    """A target checked against one model."""
 
     target: Target
     terms: tuple[tuple[float, Atom], ...]
 
     def read(self, seen: Seen, reduce: Reduce = "mean") -> Tensor:
-        total: Tensor | None = None
-        for weight, atom in self.terms:
-            value = weight * atom.read(seen, reduce)
-            total = value if total is None else total + value
-        if total is None:
+        """Its value for each image, `[N]`.
+
+        With "max" the terms of each layer are added position by position, and the largest sum of each layer counts.
+        """
+        if not self.terms:
             raise BadTarget("an empty target asks nothing")
-        return total
+        if reduce == "mean":
+            return _sum([weight * atom.read(seen, reduce) for weight, atom in self.terms])
+        rest = [weight * atom.read(seen, reduce) for weight, atom in self.terms if not isinstance(atom, Unit)]
+        units = [self.map(layer, seen.map(layer)).amax((1, 2)) for layer in self._unit_layers]
+        return _sum([*units, *rest])
+
+    def map(self, layer: str, maps: Tensor) -> Tensor:
+        """The sum of its units of a layer at each position of the maps `[N, C, h, w]`: `[N, h, w]` or `[N, 1, 1]`."""
+        return _sum([w * unit.map(maps) for w, unit in self.terms if isinstance(unit, Unit) and unit.layer == layer])
+
+    @property
+    def _unit_layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(unit.layer for _, unit in self.terms if isinstance(unit, Unit)))
 
     @property
     def detects(self) -> bool:
@@ -258,6 +271,10 @@ def as_targets(target: TargetLike | Sequence[TargetLike] | Tensor, n: int) -> li
     if len(target) != n:
         raise BadInput(f"{len(target)} targets for {n} images; give one for all or one for each")
     return [as_target(one) for one in target]
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, values)
 
 
 def _one(atom: Atom) -> Target:

@@ -290,10 +290,10 @@ def test_no_map_is_kept() -> None:
     alive: list[int] = []
 
     class Looks(Top):
-        def look(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        def look(self, maps: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
             alive.append(sum(one() is not None for one in seen))
             seen.append(weakref.ref(maps))
-            return super().look(maps)
+            return super().look(maps, indices)
 
     scanned(handle, inputs, {layer: [Looks(3)] for layer in ("conv", "relu", "pool", "deep")}, batch_size=5)
     assert len(seen) == 4 * 8
@@ -499,9 +499,9 @@ def test_autocast_computes_in_the_type_asked_for() -> None:
     inputs, seen = images(handle), set()  # type: Tensor, set[torch.dtype]
 
     class Looks(Features):
-        def look(self, maps: Tensor) -> Tensor:
+        def look(self, maps: Tensor, indices: Tensor) -> Tensor:
             seen.add(maps.dtype)
-            return super().look(maps)
+            return super().look(maps, indices)
 
     fast, slow = Looks(), Features()
     scanned(handle, inputs, {"layer2.conv2": [fast]}, autocast=torch.bfloat16)

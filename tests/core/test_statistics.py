@@ -42,7 +42,7 @@ def fed(statistic: Any, values: Tensor, size: int = 8, indices: Sequence[int] | 
     numbers = torch.arange(len(values)) if indices is None else torch.tensor(indices)
     for start in range(0, len(values), size):
         part = slice(start, start + size)
-        statistic.update(statistic.look(values[part]), numbers[part])
+        statistic.update(statistic.look(values[part], numbers[part]), numbers[part])
     return statistic
 
 
@@ -114,8 +114,8 @@ def test_top_in_other_precisions(dtype: torch.dtype) -> None:
 def test_top_of_maps_of_several_sizes() -> None:
     small, large = maps(8, size=(2, 2)), maps(8, size=(7, 3), seed=1)
     top = Top(12, per_image=6)
-    top.update(top.look(small), torch.arange(8))
-    top.update(top.look(large), torch.arange(8, 16))
+    top.update(top.look(small, torch.arange(8)), torch.arange(8))
+    top.update(top.look(large, torch.arange(8, 16)), torch.arange(8, 16))
     padded = torch.cat([torch.nn.functional.pad(small.flatten(2), (0, 17), value=-torch.inf), large.flatten(2)])
     expected = plain_top(padded[..., None], 12, per_image=6)
     require_equal(top.compute(), expected)
@@ -125,11 +125,13 @@ def test_where_in_the_map_is_asked_only_of_those_that_may_count(monkeypatch: pyt
     values = maps(8)
     top = fed(Top(4), values)
     monkeypatch.setattr(module, "_first", None)
-    scores, positions = top.look(values - 10)
+    scores, positions = top.look(values - 10, torch.arange(len(values)))
     assert scores.eq(-torch.inf).all()
     assert positions.eq(-1).all()
     bar = top.compute().scores[:, -1]
-    _, positions = top.look(values.minimum(bar[:, None, None]))  # as good as the last one held is not enough
+    _, positions = top.look(
+        values.minimum(bar[:, None, None]), torch.arange(len(values))
+    )  # as good as the last one held is not enough
     assert positions.eq(-1).all()
 
 
@@ -229,7 +231,9 @@ def test_values_beside_an_edge_fall_on_their_side_of_it(bins: int) -> None:
 
 def test_a_histogram_begins_with_zeros_and_holds_the_range_it_needs() -> None:
     histogram = fed(Histogram(8), torch.zeros(3, 1, 2, 2))
-    histogram.update(histogram.look(torch.tensor([-1.0, 0.999, 0.25]).view(3, 1, 1, 1)), torch.arange(3))
+    histogram.update(
+        histogram.look(torch.tensor([-1.0, 0.999, 0.25]).view(3, 1, 1, 1), torch.arange(3)), torch.arange(3)
+    )
     counts, edges = histogram.compute()
     assert edges.tolist() == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
     assert counts.tolist() == [[0, 0, 1, 0, 13, 1, 0, 0]]
@@ -334,7 +338,7 @@ def test_shards_merge_into_the_whole(name: str, count: int, interleaved: bool) -
             assert rank_error(flat, merged.compute().quantile(q), q) <= 1.5 / 32
     else:
         for found, expected in zip(merged.compute(), whole.compute(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # products are made in float32
 
 
 def through_torch(state: dict[str, Any]) -> dict[str, Any]:
@@ -455,7 +459,7 @@ def test_what_is_held_does_not_grow_with_the_data_set(name: str) -> None:
     values, statistic, sizes = maps(8), MAKERS[name](), {}
     for batch in range(1000):
         indices = torch.arange(batch * 8, batch * 8 + 8)
-        statistic.update(statistic.look(values + batch % 3), indices)
+        statistic.update(statistic.look(values + batch % 3, indices), indices)
         sizes[batch + 1] = held(statistic)
     limit = sizes[100] if name != "quantiles" else sizes[100] + 4 * 32 * 6 * 4  # a level for each doubling
     assert sizes[1000] <= limit
@@ -467,7 +471,7 @@ def test_what_was_seen_holds_nothing_of_the_map(name: str, n: int, size: tuple[i
     """Not a view of it either: the model may write into its map next."""
     values = maps(n, size=size)
     for statistic in (MAKERS[name](), fed(MAKERS[name](), maps(4, size=(40, 40)))):
-        looked = list(tensors(statistic.look(values)))
+        looked = list(tensors(statistic.look(values, torch.arange(len(values)))))
         assert looked
         for tensor in looked:
             assert tensor.untyped_storage().data_ptr() != values.untyped_storage().data_ptr()
