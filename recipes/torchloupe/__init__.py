@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._activations import activations
+    from torchloupe._examples import examples
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
     from torchloupe._receptive import receptive_field
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
     from torchloupe_core.activations import Activations
+    from torchloupe_core.examples import Examples
     from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "Attribution",
+    "Examples",
     "Filters",
     "Handle",
     "Layout",
@@ -66,6 +69,7 @@ __all__ = [
     "demo_scenes",
     "direction",
     "errors",
+    "examples",
     "explain",
     "interpolate",
     "layer",
@@ -89,6 +93,7 @@ _TARGETS = "torchloupe_core.targets"
 _HOMES = {
     "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
+    "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
@@ -98,6 +103,7 @@ _HOMES = {
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "errors": "torchloupe.errors:",
+    "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",

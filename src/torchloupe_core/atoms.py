@@ -166,9 +166,7 @@ class Unit(Atom):
                 f"a direction in {self.layer!r} has {found.layout.channels} numbers, one a channel; "
                 f"{len(self.direction)} were given"
             )
-        height, width = found.layout.grid
-        if isinstance(self.position, tuple) and not (self.position[0] < height and self.position[1] < width):
-            raise BadTarget(f"{self}: {self.layer!r} has rows 0 to {height - 1} and columns 0 to {width - 1} here")
+        self.place(*found.layout.grid)
         return self
 
     def read(self, seen: Seen, reduce: Reduce) -> Tensor:
@@ -187,8 +185,11 @@ class Unit(Atom):
         return maps.square().mean((1, 2, 3))[:, None, None]
 
     def place(self, height: int, width: int) -> tuple[int, int]:
-        """Where it is in a map of that size, if it has a position."""
-        return self.position if isinstance(self.position, tuple) else (height // 2, width // 2)
+        """Where it is in a map of that size, if it has a position. Raises `BadTarget` where the map is too small."""
+        row, column = self.position if isinstance(self.position, tuple) else (height // 2, width // 2)
+        if row >= height or column >= width:
+            raise BadTarget(f"{self}: {self.layer!r} has rows 0 to {height - 1} and columns 0 to {width - 1} here")
+        return row, column
 
     def _along(self, maps: Tensor) -> Tensor:
         """Dot product with the direction, times max(0.1, cosine) to a power (Olah 2017)."""

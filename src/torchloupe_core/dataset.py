@@ -86,23 +86,31 @@ class DataSet:
     def read(self, index: int) -> Sample:
         """One item as a model input; a stream is read again from its beginning."""
         if self.streams:
-            return self.read_many([index])[index]
+            return next(self.read_each([index]))
         try:
             item = self.items[index]
         except UNREADABLE as error:
             return _unreadable(index, error)
         return self.sample(index, item)
 
-    def read_many(self, indices: Sequence[int]) -> dict[int, Sample]:
-        """Several items, each opened once; a stream in one go."""
+    def read_each(self, indices: Sequence[int]) -> Iterator[Sample]:
+        """Several items by rising index, each opened once; a stream is gone through once more."""
         wanted = sorted(set(indices))
         if not self.streams:
-            return {index: self.read(index) for index in wanted}
-        found = {index: Sample(index, None, error="the stream ended before it, read again") for index in wanted}
+            yield from (self.read(index) for index in wanted)
+            return
+        lacking = set(wanted)
         for index, item in zip(range(max(wanted, default=-1) + 1), self.items, strict=False):
-            if index in found:
-                found[index] = self.sample(index, item)
-        return found
+            if index in lacking:
+                lacking.remove(index)
+                yield self.sample(index, item)
+        yield from (Sample(index, None, error="the stream ended before it, read again") for index in sorted(lacking))
+
+    def samples(self) -> Iterator[Sample]:
+        """All items, one after another."""
+        if self.order is None:
+            return (self.sample(index, item) for index, item in enumerate(self.items))
+        return (self.read(index) for index in self.order)
 
     def sample(self, index: int, item: Any) -> Sample:
         """An item read into a model input, or the reason why it cannot be."""
@@ -180,7 +188,7 @@ class _Stream(IterableDataset[Sample]):
         self.data = data
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self.data.sample(index, item) for index, item in enumerate(self.data.items))
+        return self.data.samples()
 
 
 Packed = tuple[list[Sample], list[tuple[list[int], Tensor]]]

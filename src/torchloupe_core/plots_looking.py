@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from torchloupe_core import plots
+from torchloupe_core import mosaic, plots
 from torchloupe_core.activations import Activations
 from torchloupe_core.errors import BadInput
 from torchloupe_core.filters import Filters
 
 __all__ = ["overlay"]
 
-INCH = 100  # pixels
 TILE, CELL, MASKED = 60, 34, 110  # pixels across a tile: of maps, of single weights, of masked pictures
-LARGER = 1.6  # times that, before a tile is reduced
-LABEL, GAP, FRAME = 13, 7, 0.8  # pixels above a tile and beside it; the grey around it
 LEAST_WIDTH = 480  # pixels, so that titles have room
 MOST_FILTERS, MOST_ROWS = 144, 12
 MOST_IMAGES, MOST_MAPS, COLUMNS = 6, 64, 8
@@ -54,22 +49,27 @@ def _draw_filters(
     shown = min(len(filters), most or (MOST_FILTERS if single else MOST_ROWS))
     names = list(filters.names or map(str, filters.channels))[:shown]
     if single:
-        tiles = (values[:shown] + 1) / 2 if filters.colour else _tinted(values[:shown, 0], True, (-1, 1))
+        tiles = (values[:shown] + 1) / 2 if filters.colour else mosaic.tinted(values[:shown, 0], True, (-1, 1))
         columns = min(shown, max(COLUMNS, math.ceil(math.sqrt(1.5 * shown))))
         labels, rows = names, []
     else:
         columns, rows = min(values.shape[1], most_inputs or LEAST_WIDTH * 3 // 2 // size), names
         values, inputs = _strongest(values[:shown], filters.inputs[:shown], columns)
-        tiles, labels = _tinted(values.flatten(0, 1), True, (-1, 1)), [str(one) for one in inputs.flatten().tolist()]
-    picture, corners = _tiled(tiles, columns, size)
+        tiles, labels = (
+            mosaic.tinted(values.flatten(0, 1), True, (-1, 1)),
+            [str(one) for one in inputs.flatten().tolist()],
+        )
+    picture, corners = mosaic.tiled(tiles, columns, size)
     height, width = picture.shape[1:]
-    drawing = new_figure(figsize=((max(width, LEAST_WIDTH) + 130) / INCH, (height + 90) / INCH), layout="constrained")
+    drawing = new_figure(
+        figsize=((max(width, LEAST_WIDTH) + 130) / mosaic.INCH, (height + 90) / mosaic.INCH), layout="constrained"
+    )
     axes = drawing.subplots()
-    _place(axes, picture, corners, labels, rows)
+    mosaic.place(axes, picture, corners, labels, rows)
     largest = filters.images.abs().max().item()
     if filters.scale == "shared" and not filters.colour and largest > 0:
         plots.colour_bar(drawing, axes, (-largest, largest), True, fraction=0.03, aspect=25)
-    _title(drawing, _filters_title(filters, shown, 0 if single else columns, largest))
+    mosaic.title(drawing, _filters_title(filters, shown, 0 if single else columns, largest))
     return drawing, axes
 
 
@@ -84,9 +84,11 @@ def _filters_title(filters: Filters, shown: int, columns: int, largest: float) -
     head = f"{filters.layer} over {filters.to}" if filters.to else f"{filters.layer} ({facts.get('kind', 'filters')})"
     if "flattened" in facts:
         head += f", over the map of {facts['flattened']}, flattened"
-    what = f"{_some(shown, len(filters))} {'rows' if filters.images.ndim == 2 else 'filters'}"
+    what = f"{mosaic.some(shown, len(filters))} {'rows' if filters.images.ndim == 2 else 'filters'}"
     if columns:
-        what += f", each with {_some(columns, filters.images.shape[1])} inputs, by weight; numbers are input channels"
+        what += (
+            f", each with {mosaic.some(columns, filters.images.shape[1])} inputs, by weight; numbers are input channels"
+        )
     zero = "grey" if filters.colour else "white"
     scale = f"one scale for all, up to ±{largest:.3g}" if filters.scale == "shared" else "each filter on its own scale"
     lines = [head, what, f"{scale}; {zero} is zero"]
@@ -118,18 +120,18 @@ def _draw_activations(
     ends = plots.scale(values, signed) if scale == "shared" and found.thresholds is None else None
     size = TILE if found.thresholds is None else MASKED
     columns = min(COLUMNS, len(shown.channels))
-    mosaics = [_tiled(_map_tiles(shown[index], signed, ends), columns, size) for index in range(images)]
+    mosaics = [mosaic.tiled(_map_tiles(shown[index], signed, ends), columns, size) for index in range(images)]
     height, width = mosaics[0][0].shape[1:]
     beside = min(max(height, 150), 220)
     across, down = beside + max(width, LEAST_WIDTH - beside) + 130, images * max(height, beside) + 90
-    drawing = new_figure(figsize=(across / INCH, down / INCH), layout="constrained")
+    drawing = new_figure(figsize=(across / mosaic.INCH, down / mosaic.INCH), layout="constrained")
     axes = drawing.subplots(images, 2, squeeze=False, width_ratios=[beside, width])
     for index, (picture, corners) in enumerate(mosaics):
-        _place(axes[index, 0], found.images[index], [], [])
-        _place(axes[index, 1], picture, corners, _map_labels(shown))
+        mosaic.place(axes[index, 0], found.images[index], [], [])
+        mosaic.place(axes[index, 1], picture, corners, _map_labels(shown))
     if ends is not None:
         plots.colour_bar(drawing, axes[:, 1], ends, signed, fraction=0.03, aspect=25)
-    _title(drawing, _maps_title(found, len(shown.channels), images, scale))
+    mosaic.title(drawing, _maps_title(found, len(shown.channels), images, scale))
     return drawing, axes
 
 
@@ -144,8 +146,8 @@ def _map_tiles(one: Activations, signed: bool, ends: tuple[float, float] | None)
     if one.thresholds is not None:
         return torch.cat([overlay(one, place) for place in range(len(one.channels))])
     if ends is not None:
-        return _tinted(one.maps[0], signed, ends)
-    return torch.cat([_tinted(each[None], signed, plots.scale(each, signed)) for each in one.maps[0]])
+        return mosaic.tinted(one.maps[0], signed, ends)
+    return torch.cat([mosaic.tinted(each[None], signed, plots.scale(each, signed)) for each in one.maps[0]])
 
 
 def _map_labels(shown: Activations) -> list[str]:
@@ -158,68 +160,10 @@ def _map_labels(shown: Activations) -> list[str]:
 def _maps_title(found: Activations, channels: int, images: int, scale: str) -> list[str]:
     what = f"{found.layer}: channel {found.channels[0]}"
     if len(found.channels) > 1:
-        what = f"{found.layer}: {_some(channels, len(found.channels))} channels, by number"
+        what = f"{found.layer}: {mosaic.some(channels, len(found.channels))} channels, by number"
         what += ", those that reach highest" if channels < len(found.channels) else ""
     if found.thresholds is not None:
         how = f"bright where the channel exceeds its threshold ({found.threshold})"
     else:
         how = "one scale for all maps" if scale == "shared" else "each map on its own scale"
     return [what, how, *([f"{images} of {len(found)} images"] if images < len(found) else [])]
-
-
-# -- tiles ------------------------------------------------------------------------------------------------------------
-
-
-def _tinted(maps: Tensor, signed: bool, ends: tuple[float, float]) -> Tensor:
-    """`[T, 3, h, w]`: maps `[T, h, w]` in their colours."""
-    return plots.colours(maps.flatten(0, 1), signed, ends).view(3, *maps.shape).transpose(0, 1)
-
-
-def _tiled(tiles: Tensor, columns: int, size: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Tiles `[T, 3, h, w]` as one picture `[3, H, W]` on white, with room above each, and where each begins (x, y)."""
-    tiles = _resized(tiles, size)
-    height, width = tiles.shape[2:]
-    down, across = height + LABEL + GAP, width + GAP
-    picture = torch.ones(3, math.ceil(len(tiles) / columns) * down, columns * across)
-    corners = [(1 + across * (n % columns), LABEL + down * (n // columns)) for n in range(len(tiles))]
-    for tile, (x, y) in zip(tiles, corners, strict=True):
-        picture[:, y - 1 : y + height + 1, x - 1 : x + width + 1] = FRAME
-        picture[:, y : y + height, x : x + width] = tile
-    return picture, corners
-
-
-def _resized(tiles: Tensor, size: int) -> Tensor:
-    """Small tiles enlarged by a whole factor, so that each weight is a square; large ones reduced."""
-    longest = max(tiles.shape[2:])
-    if longest > LARGER * size:
-        height, width = (max(1, round(one * size / longest)) for one in tiles.shape[2:])
-        return F.interpolate(tiles, (height, width), mode="area")
-    factor = max(1, round(size / longest))
-    return tiles.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-
-
-def _place(
-    axes: Any, picture: Tensor, corners: Sequence[tuple[int, int]], labels: Sequence[str], rows: Sequence[str] = ()
-) -> None:
-    """A picture without axes, a label above each corner, a name before each row."""
-    axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
-    axes.set_axis_off()
-    axes.set_anchor("NW")
-    for (x, y), label in zip(corners, labels, strict=True):
-        axes.text(x, y - 2, _short(label, 11), fontsize=6, ha="left", va="bottom")
-    for name, (x, y) in zip(rows, corners[:: len(corners) // len(rows)] if rows else [], strict=True):
-        axes.text(x - 8, y + 6, _short(name, 20), fontsize=7, ha="right", va="top")
-
-
-def _title(drawing: Any, lines: Sequence[str]) -> None:
-    room = int(drawing.get_figwidth() * 15)  # letters
-    text = "\n".join(textwrap.fill(line, room) for line in lines)
-    drawing.suptitle(plots.escaped(text), fontsize=8.5, x=0.01, ha="left")
-
-
-def _short(text: str, most: int) -> str:
-    return plots.escaped(text if len(text) <= most else text[: most - 1] + "…")
-
-
-def _some(shown: int, of: int) -> str:
-    return str(of) if shown == of else f"{shown} of {of}"

@@ -180,7 +180,7 @@ def test_a_stream_has_no_length_and_is_read_again_for_its_images() -> None:
     assert shades(read(data)) == list(range(10))
     assert [sample.index for sample in read(data)] == list(range(10))
     assert shades([data.read(7)]) == [7]
-    assert shades(list(data.read_many([7, 2, 7]).values())) == [2, 7]
+    assert shades(list(data.read_each([7, 2, 7]))) == [2, 7]
     assert data.read(12).error == "the stream ended before it, read again"
     with pytest.raises(BadInput, match="one reader; got 2"):
         read(data, workers=2)
@@ -195,10 +195,10 @@ def test_several_items_are_each_opened_once() -> None:
 
     for kind, expected in ((Items, [2, 4]), (Stream, [0, 1, 2, 3, 4])):
         opened.clear()
-        found = open_data(kind(item), SPEC).read_many([4, 2, 4, 2])
-        assert (list(found), shades(list(found.values()))) == ([2, 4], [2, 4])
+        found = list(open_data(kind(item), SPEC).read_each([4, 2, 4, 2]))
+        assert ([sample.index for sample in found], shades(found)) == ([2, 4], [2, 4])
         assert opened == expected
-    assert open_data(Stream(picture), SPEC).read_many([]) == {}
+    assert list(open_data(Stream(picture), SPEC).read_each([])) == []
 
 
 # -- loaders ----------------------------------------------------------------------------------------------------------

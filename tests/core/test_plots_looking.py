@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchloupe_core import plots_looking
+from torchloupe_core import mosaic, plots_looking
 from torchloupe_core.activations import Activations
 from torchloupe_core.filters import Filters
 
@@ -75,18 +75,18 @@ def no_figures_left() -> Any:
 
 def test_tiles_stand_where_they_are_said_to() -> None:
     tiles = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    picture, corners = plots_looking._tiled(tiles, columns=2, size=12)
+    picture, corners = mosaic.tiled(tiles, columns=2, size=12)
     assert len(corners) == 5 and len({y for _, y in corners}) == 3
     for tile, (x, y) in zip(tiles, corners, strict=True):
         assert torch.equal(picture[:, y : y + 8 : 2, x : x + 12 : 2], tile)  # each value a square of two
         assert torch.equal(picture[:, y + 1 : y + 9 : 2, x + 1 : x + 13 : 2], tile)
-        assert (picture[:, y - 1, x] == plots_looking.FRAME).all()
+        assert (picture[:, y - 1, x] == mosaic.FRAME).all()
 
 
 def test_large_tiles_are_reduced() -> None:
     tiles = torch.rand(1, 3, 400, 200)
-    assert plots_looking._resized(tiles, 100).shape == (1, 3, 100, 50)
-    torch.testing.assert_close(plots_looking._resized(tiles, 100).mean(), tiles.mean())
+    assert mosaic._resized(tiles, 100).shape == (1, 3, 100, 50)
+    torch.testing.assert_close(mosaic._resized(tiles, 100).mean(), tiles.mean())
 
 
 # -- filters ----------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_zero_is_grey_in_colour_pictures_and_white_in_maps() -> None:
     images = torch.zeros(2, 3, 2, 2)
     images[0, 0], images[1, 2] = 0.8, -0.4
     figure, axes = filters(images, colour=True).plot()
-    _, corners = plots_looking._tiled(torch.zeros(2, 3, 2, 2), 2, 60)
+    _, corners = mosaic.tiled(torch.zeros(2, 3, 2, 2), 2, 60)
     red, blue = (shown(axes)[:, y + 5, x + 5].tolist() for x, y in corners)
     assert red == pytest.approx([1, 0.5, 0.5]) and blue == pytest.approx([0.5, 0.5, 0.25])
     assert "one scale for all, up to ±0.8; grey is zero" in title(figure)
@@ -104,7 +104,7 @@ def test_zero_is_grey_in_colour_pictures_and_white_in_maps() -> None:
     assert shown(axes)[:, corners[1][1] + 5, corners[1][0] + 5].tolist() == pytest.approx([0.5, 0.5, 0])
     assert "each filter on its own scale" in title(figure)
     figure, axes = filters(torch.tensor([[[[0.0, 2.0, -2.0]]]])).plot()
-    x, y = plots_looking._tiled(torch.zeros(1, 3, 1, 3), 1, 60)[1][0]
+    x, y = mosaic.tiled(torch.zeros(1, 3, 1, 3), 1, 60)[1][0]
     white, red, blue = (shown(axes)[:, y + 5, x + 5 + 20 * n] for n in range(3))
     assert white.min() > 0.95 and red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2
     assert "white is zero" in title(figure)
@@ -168,7 +168,7 @@ def test_one_scale_for_all_maps_or_each_its_own() -> None:
     maps[..., 0, 0] = 0
     found = activations(maps)
     figure, axes = found.plot()
-    _, corners = plots_looking._tiled(torch.zeros(2, 3, 4, 4), 2, 60)
+    _, corners = mosaic.tiled(torch.zeros(2, 3, 4, 4), 2, 60)
     weak, strong = (shown(axes[0, 1])[:, y + 50, x + 50] for x, y in corners)
     assert (weak - strong).abs().max() > 0.5
     (bar,) = [one for one in figure.axes if one.get_label() == "<colorbar>"]
@@ -193,7 +193,7 @@ def test_a_threshold_shows_the_picture_dark_where_the_channel_is_below() -> None
     figure, axes = found.plot()
     assert labels(axes[0, 1]) == ["3 > 0.5", "138 > 0.25"]
     assert "bright where the channel exceeds its threshold (99% quantile)" in title(figure)
-    _, corners = plots_looking._tiled(torch.zeros(2, 3, 32, 40), 2, plots_looking.MASKED)
+    _, corners = mosaic.tiled(torch.zeros(2, 3, 32, 40), 2, plots_looking.MASKED)
     (x, y), (right, _) = corners
     assert shown(axes[0, 1])[0, y + 5, x + 5] == pytest.approx(0.125)
     assert shown(axes[0, 1])[0, y + 5, right + 5] == pytest.approx(0.5)
