@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/torchloupe demo --out out/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
 """What a pass over a data set costs beyond the bare forward passes over the same loader, on one core.
 
-    python benchmarks/scan.py                  every row, about 8 minutes
+    python benchmarks/scan.py                  every row, about 10 minutes
     python benchmarks/scan.py Top Moments      the rows whose name begins so
 
 Five layers of resnet18, all channels, at 224 pixels in batches of 8; 96 images are few, so that most of them still
-come among the best nine. Ratios and memory are measured as in `explain.py`.
+come among the best nine. Ratios and memory are measured as in `explain.py`. Receptive fields are timed for the last
+layer with a map of every convolutional network of torchvision's, at 224 pixels; that finds them for all its layers.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torchvision
 from explain import BATCH, Row, Work, _asked, _grown, _images, _model, _ratio, _report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import torchloupe as tl
 from torchloupe_core.dataset import open_data
+from torchloupe_core.receptive import fields
 from torchloupe_core.scan import scan
 from torchloupe_core.statistics import Features, Histogram, Moments, Quantiles, Sampled, Top
 
 LAYERS = ("relu", "layer1", "layer2", "layer3", "layer4")
 IMAGES = 96
+SLOW_TO_MAKE = ("googlenet", "inception_v3")  # unless told to leave their weights alone
 
 STATISTICS: dict[str, tuple[float, Callable[[], list[Any]]]] = {
     "nothing": (1.05, lambda: []),
@@ -58,9 +63,33 @@ def main() -> None:
         if _asked(name, arguments.names):
             ratio, low, high = _ratio(Row(name, goal, "", lambda make=make: _pair(make)))
             _report(name, ratio, goal, f"({low:.3f} to {high:.3f})")
+    if _asked("receptive fields", arguments.names):
+        seconds, slowest, count = _slowest_fields()
+        print(f"{f'receptive fields, slowest of {count} networks':58s} {seconds:.2f} s (goal 5), {slowest}")
     if _asked("memory", arguments.names):
         few, many = _fresh(1_000), _fresh(50_000)
         _report("memory, 50,000 images against 1,000", many / few, 1.1, f"{many / 2**20:.1f}, {few / 2**20:.1f} MiB")
+
+
+def _slowest_fields() -> tuple[float, str, int]:
+    """Seconds for the receptive fields of the slowest network, its name, and how many there are."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    names = [name for name in names if not name.startswith(("vit_", "swin_", "maxvit_"))]
+    seconds = {}
+    for name in names:
+        options = {"init_weights": False} if name in SLOW_TO_MAKE else {}
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):  # a regnet works its widths out in tensors
+            module = torchvision.models.get_model(name, weights=None, **options)
+        module = module.to_empty(device="cpu").eval()
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.detach().zero_()
+        handle = tl.wrap(module)
+        layer = [one.name for one in handle.layers.values() if one.spatial][-1]
+        begun = time.process_time()
+        fields(handle, layer)
+        seconds[name] = time.process_time() - begun
+    slowest = max(seconds, key=seconds.__getitem__)
+    return seconds[slowest], slowest, len(names)
 
 
 def _pair(make: Callable[[], list[Any]]) -> tuple[Work, Work]:

@@ -1,4 +1,4 @@
-"""Draws the README's picture: six methods on four scenes of the embedded model.
+"""Draws the README's pictures: six methods on four scenes of the embedded model, and the patches that drive its units.
 
 python docs/pictures.py
 """
@@ -21,10 +21,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "rise": {"n_masks": 2000},
 }
 SCENES = (2, 3, 5, 8)
+UNITS = ("layer1:3", "layer2:9", "layer3:5", "layer3:9", "layer4:17")
 
 
 def main() -> None:
-    """Writes `methods.png` beside this file."""
+    """Writes `methods.png` and `examples.png` beside this file."""
+    methods()
+    examples()
+
+
+def methods() -> None:
+    """One row a scene, one column a method."""
     model, scenes = tl.load("demo"), tl.demo_scenes(12)
     images, names = scenes.images[list(SCENES)], [scenes.classes[scenes.true_labels[index]] for index in SCENES]
     asked = [tl.logit(name) for name in names]
@@ -41,6 +48,12 @@ def main() -> None:
     for axes, title in zip(grid[0], ["scene", *maps], strict=True):
         axes.set_title(title.replace("_", " "), fontsize=10)
     figure.savefig(Path(__file__).with_name("methods.png"), dpi=110)
+
+
+def examples() -> None:
+    """One row a unit."""
+    found = tl.examples("demo", tl.demo_scenes(300, seed=3), list(UNITS))
+    found.figure().savefig(Path(__file__).with_name("examples.png"), dpi=100)
 
 
 if __name__ == "__main__":

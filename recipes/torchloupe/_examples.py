@@ -90,6 +90,7 @@ def examples(
         versions=versions(),
         options={"per_image": per_image, "without_gates": without_gates},
         units=tuple(map(str, found.units)),
+        asked=tuple(map(str, found.asked)),
         scores=found.scores.float(),
         indices=found.indices,
         **places._asdict(),

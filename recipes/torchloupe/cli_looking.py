@@ -1,9 +1,10 @@
-"""The commands `torchloupe weights` and `torchloupe activations`: pictures of filters and feature maps."""
+"""The commands `torchloupe weights | activations | examples`: filters, feature maps, and what drives units."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from torchloupe_core.errors import BadInput, LoupeError
 
 if TYPE_CHECKING:
     from torchloupe_core.activations import Activations
+    from torchloupe_core.examples import Examples
     from torchloupe_core.filters import Scale
     from torchloupe_core.handle import Handle
+    from torchloupe_core.methods.patches import Band, Crop
     from torchloupe_core.results import Result
 
-__all__ = ["activations", "weights"]
+__all__ = ["activations", "examples", "weights"]
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
@@ -50,11 +53,13 @@ def _of_a_model(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--weights", "pretrained", help="Which pretrained weights, for torchvision, as in IMAGENET1K_V2."),
         click.option("--no-pretrained", is_flag=True, help="Random weights."),
         click.option("--checkpoint", type=FILE, help="File of weights, instead of pretrained ones."),
-        click.option("--channels", callback=_numbers, metavar="N,N", help="All of the layer unless given."),
         click.option("--out", required=True, type=FILE, help="Folder for what is written."),
     ):
         command = option(command)
     return command
+
+
+_channels = click.option("--channels", callback=_numbers, metavar="N,N", help="All of the layer unless given.")
 
 
 def _opened(name: str, no_pretrained: bool, pretrained: str | None, **options: Any) -> Handle:
@@ -68,6 +73,7 @@ def _opened(name: str, no_pretrained: bool, pretrained: str | None, **options: A
 @click.argument("layer")
 @click.option("--to", help="An earlier layer, or input: weights over its channels, through what lies between.")
 @click.option("--scale", type=click.Choice(["shared", "each"]), default="shared", show_default=True)
+@_channels
 @_of_a_model
 def weights(
     model: str,
@@ -107,6 +113,7 @@ def weights(
 @click.option(
     "--threshold", callback=_threshold, help="Darkens pictures where a map is below: 0.5, or 99% of its values."
 )
+@_channels
 @_of_a_model
 def activations(
     images: tuple[Path, ...],
@@ -153,6 +160,101 @@ def activations(
             report(done, len(pictures))
     _say(str(maps))
     raise click.exceptions.Exit(1 if maps.failed else 0)
+
+
+@main.command(no_args_is_help=True)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=FILE)
+@click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
+@click.option(
+    "--target", "targets", multiple=True, required=True, help="As in layer4:17, layer4 or logit:dog; several."
+)
+@click.option("-k", type=click.IntRange(1), default=9, show_default=True, help="How many of each unit.")
+@click.option("--crop", type=click.Choice(["patch", "image"]), default="patch", show_default=True)
+@click.option("--band", type=click.Choice(["max", "min", "middle", "spectrum"]), default="max", show_default=True)
+@click.option("--per-image", type=click.IntRange(1), default=1, show_default=True, help="Patches of one image.")
+@click.option("--without-gates", is_flag=True, help="Patches as they are without attention and squeeze-excite.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images.")
+@_of_a_model
+def examples(
+    images: tuple[Path, ...],
+    model: str,
+    targets: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    progress: bool | None,
+    k: int,
+    crop: Crop,
+    band: Band,
+    per_image: int,
+    without_gates: bool,
+    workers: int | None,
+    seed: int,
+    **asked: Any,
+) -> None:
+    """The images among all IMAGEs, or their patches, that drive each TARGET most.
+
+    An IMAGE is a file or a folder. A layer stands for all its channels; one pass answers all targets. For layer4:17,
+    --out gets layer4_17.examples.png, a drawing, and layer4_17.examples.npz, which torchloupe.open reads; what is there
+    already is replaced. A drawing shows the first units of a layer; the .npz holds them all. Pictures that cannot be
+    read are reported and left out.
+
+    \b
+    Example:
+      torchloupe examples photos --model timm/resnet50 --target layer3:17 --target layer4 --out units
+    """
+    import torchloupe as tl
+    from torchloupe._folder import named
+    from torchloupe_core.results import writable_folder
+
+    pictures = list(named(images, out).values())
+    writable_folder(out)
+    found = tl.examples(
+        _opened(model, seed=seed, **asked),
+        pictures,
+        list(dict.fromkeys(targets)),
+        k=k,
+        crop=crop,
+        band=band,
+        per_image=per_image,
+        without_gates=without_gates,
+        workers=workers,
+        seed=seed,
+        progress=progress,
+    )
+    for name, why in found.skipped.items():
+        _say(why if name in why else f"{name}: {why}")
+    for stem, units in _by_target(found).items():
+        png, npz = _written(units, out / f"{stem}.examples")
+        row = int(units.scores[:, 0].argmax())
+        best = f"{units.units[row]} = {units.scores[row, 0].item():.4g} in {units.name(int(units.indices[row, 0]))}"
+        facts = {"target": units.asked[0], "units": list(map(_facts, units)), "png": png, "npz": npz}
+        _tell(facts, f"{stem}  {best}", png, as_json)
+    failed = f", {len(found.skipped)} could not be read" if found.skipped else ""
+    _say(f"examples: {found.images} pictures searched{failed}")
+    raise click.exceptions.Exit(1 if found.skipped else 0)
+
+
+def _facts(unit: Examples) -> dict[str, Any]:
+    """One unit's examples for JSON."""
+    there = unit.indices[0] >= 0
+    return {
+        "unit": unit.units[0],
+        "images": [unit.name(index) for index in unit.indices[0, there].tolist()],
+        "scores": unit.scores[0, there].tolist(),
+        "boxes": unit.boxes[0, there].tolist(),
+    }
+
+
+def _by_target(found: Examples) -> dict[str, Examples]:
+    """The result of each target, under what its files are called."""
+    rows: dict[str, list[int]] = {}
+    for row, target in enumerate(found.asked):
+        rows.setdefault(target, []).append(row)
+    stems: dict[str, Examples] = {}
+    for target, some in rows.items():
+        stem = re.sub(r"[^\w.,@+-]+", "_", target).strip("_")[:80] or "target"
+        stems[stem if stem not in stems else f"{stem}-{len(stems)}"] = found.only(some)
+    return stems
 
 
 @dataclass

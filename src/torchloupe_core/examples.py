@@ -25,12 +25,13 @@ Crops = list[list[Tensor | None]]
 class Examples(Result):
     """For each of U units the k images or patches that the ranking put first.
 
-    units: the target of each row. scores: `[U, k]`, the unit's value there. indices: `[U, k]`, of images in the data
-    set, -1 where it has no more. positions: `[U, k, 2]`, row and column in the unit's map, -1 if it has one value for
-    an image. boxes: `[U, k, 4]`, the receptive field of the position as far as it lies in the image, (top, left,
-    bottom, right) in pixels of the model's input; the whole image where there is no position. outside: `[U, k, 4]`,
-    pixels of the field cut off at each of the four sides. points: `[U, k, 2]`, the pixel in the middle of the position.
-    sizes: `[U, k, 2]`, (H, W) of the images. labels: `[U, k]`, where the data set has them, else -1.
+    units: the target of each row; asked: the one it was asked with, as a layer for its channels. scores: `[U, k]`, the
+    unit's value there. indices: `[U, k]`, of images in the data set, -1 where it has no more. positions: `[U, k, 2]`,
+    row and column in the unit's map, -1 if it has one value for an image. boxes: `[U, k, 4]`, the receptive field of
+    the position as far as it lies in the image, (top, left, bottom, right) in pixels of the model's input; the whole
+    image where there is no position. outside: `[U, k, 4]`, pixels of the field cut off at each of the four sides.
+    points: `[U, k, 2]`, the pixel in the middle of the position. sizes: `[U, k, 2]`, (H, W) of the images. labels:
+    `[U, k]`, where the data set has them, else -1.
 
     crop: "patch" or "image", what a crop shows. band: what was asked for; bands: that of each column of a spectrum.
     images: how many were searched; skipped: which could not be read, and why. names: of the images found, by index.
@@ -39,6 +40,7 @@ class Examples(Result):
     drawings: ClassVar[str] = "torchloupe_core.plots_examples"
 
     units: tuple[str, ...]
+    asked: tuple[str, ...]
     scores: Tensor
     indices: Tensor
     positions: Tensor
@@ -64,12 +66,16 @@ class Examples(Result):
         """The examples of one unit."""
         return self.only([range(len(self))[unit]])
 
+    def __iter__(self) -> Iterator[Examples]:
+        return (self[unit] for unit in range(len(self)))
+
     def only(self, rows: Sequence[int]) -> Examples:
         """The examples of some units, by their place in `units`."""
         tensors = ("scores", "indices", "positions", "boxes", "outside", "points", "sizes", "labels")
         kept = None if self.pixels is None else _packed([self.crops[row] for row in rows])
         chosen = {name: getattr(self, name)[list(rows)] for name in tensors}
-        return replace(self, units=tuple(self.units[row] for row in rows), pixels=kept, **chosen)
+        units, asked = (tuple(texts[row] for row in rows) for texts in (self.units, self.asked))
+        return replace(self, units=units, asked=asked, pixels=kept, **chosen)
 
     @cached_property
     def crops(self) -> Crops:

@@ -1,4 +1,4 @@
-"""`torchloupe weights` and `torchloupe activations`."""
+"""`torchloupe weights`, `torchloupe activations` and `torchloupe examples`."""
 
 from __future__ import annotations
 
@@ -110,3 +110,55 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(run: Run, tmp_p
     (tmp_path / "file").touch()
     done = run("weights", "demo", "conv1", "--out", tmp_path / "file" / "out")
     assert done.exit_code == 2 and "cannot write into" in done.stderr
+
+
+def test_examples_of_a_folder(run: Run, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (photos / "bad.png").write_bytes(b"no picture")
+    done = run("examples", photos, "--target", "layer3:5", "--target", "layer4", "-k", 2, "--out", out)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        f"torchloupe: {photos / 'bad.png'} is not an image",
+        "torchloupe: examples: 3 pictures searched, 1 could not be read",
+    ]
+    good = [photos / name for name in ("a.png", "b.jpg", "sub/c.jpg")]
+    expected = tl.examples("demo", good, ["layer3:5", "layer4"], k=2)
+    one, layer = (tl.open(out / f"{stem}.examples.npz") for stem in ("layer3_5", "layer4"))
+    assert isinstance(one, tl.Examples) and isinstance(layer, tl.Examples)
+    assert one.units == ("layer3:5",) and layer.units == expected.units[1:] and layer.asked[0] == "layer4"
+    assert torch.equal(torch.cat([one.scores, layer.scores]), expected.scores)
+    assert [one.name(i) for i in one.indices[0].tolist()] == [expected.name(i) for i in expected.indices[0].tolist()]
+    first, second = done.stdout.splitlines()
+    best = expected.name(int(expected.indices[0, 0]))
+    assert first == f"layer3_5  layer3:5 = {expected.scores[0, 0]:.4g} in {best}  {out / 'layer3_5.examples.png'}"
+    assert second.startswith("layer4  layer4:")
+    assert (out / "layer4.examples.png").stat().st_size > 5000
+    again = run(
+        "examples", photos, out, "--target", "layer3:5", "-k", 2, "--out", out
+    )  # its own drawings are no images
+    assert again.stderr.splitlines()[-1] == "torchloupe: examples: 3 pictures searched, 1 could not be read"
+
+
+def test_examples_as_json(run: Run, photos: Path, tmp_path: Path) -> None:
+    options = ("--crop", "image", "--band", "min", "--json", "--out", tmp_path)
+    done = run("examples", photos, "--target", "-layer1:2+0.5*logit:0", "--target", "fc", *options)
+    assert done.exit_code == 0
+    joint, head = map(json.loads, done.stdout.splitlines())
+    assert (
+        joint["target"] == "-layer1:2+0.5*logit:0" and Path(joint["npz"]).name == "-layer1_2+0.5_logit_0.examples.npz"
+    )
+    assert len(head["units"]) == 12 and head["units"][3]["unit"] == "fc:3"
+    scores = joint["units"][0]["scores"]
+    assert len(scores) == 3 and scores == sorted(scores)
+    assert joint["units"][0]["boxes"] == [[0, 0, 64, 64]] * 3
+    assert sorted(joint["units"][0]["images"]) == [str(photos / name) for name in ("a.png", "b.jpg", "sub/c.jpg")]
+
+
+def test_examples_says_what_is_wrong(run: Run, photos: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--target", "fc:3"), 'crop="image" shows the images'),
+        (("--target", "layer3:999"), "has channels 0 to"),
+        (("--target", "layer3:1", "-k", 3, "--band", "spectrum"), "k is at least 5 here; got 3"),
+    ):
+        done = run("examples", photos, *arguments, "--out", tmp_path / "out")
+        assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -73,7 +73,7 @@ def test_positive_maps_use_a_perceptually_uniform_map() -> None:
 def test_a_flat_map_can_be_drawn(values: Tensor) -> None:
     drawn = attribution(values).overlay()
     assert drawn.isfinite().all()
-    assert len(drawn[0].flatten(1).unique(dim=1).T) == 1
+    torch.testing.assert_close(drawn, drawn[:, :, :1, :1].expand_as(drawn))  # one colour, but for rounding
     assert attribution(values)._repr_png_()
 
 

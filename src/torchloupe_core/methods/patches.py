@@ -37,10 +37,12 @@ SAMPLE = 2048  # images that a median is taken of, where there are more
 class Found:
     """What a search found for U units: `scores`, image `indices` and flat `positions`, each `[U, k]`.
 
-    Places that nothing fills hold index -1, whole images position -1. bands: of each column, for a spectrum.
+    Places that nothing fills hold index -1. asked: the target each unit came from. bands: of
+    each column, for a spectrum.
     """
 
     units: tuple[Target, ...]
+    asked: tuple[Target, ...]
     scores: Tensor
     indices: Tensor
     positions: Tensor
@@ -62,8 +64,8 @@ def search(
 ) -> Found:
     """Ranks the data set for every unit of the targets in one pass. options: of `scan`."""
     shape = _shape(handle, data)
-    asked = [as_units(handle, target, shape) for target in targets]
-    units = [unit for some in asked for unit in some]
+    pairs = [(target, unit) for target in map(as_target, targets) for unit in as_units(handle, target, shape)]
+    units = [unit for _, unit in pairs]
     ranking = _Ranking(k, crop, band, per_image, seed)
     groups = [_Group(handle, shape, *one) for one in _grouped(handle, units, shape, crop)]
     statistics: dict[str, list[Statistic]] = {}
@@ -78,30 +80,29 @@ def search(
     answers = [ranking.answer(group.statistics) for group in groups]
     rows = torch.tensor([row for group in groups for row in group.rows]).argsort()
     scores, indices, positions = (torch.cat(same)[rows] for same in zip(*answers, strict=True))
-    wholes = torch.tensor([group.kind == "joint" for group in groups for _ in group.rows])[rows]
     filled = (indices >= 0).any(0)  # fewer columns where there are fewer images
     return Found(
         tuple(units),
+        tuple(target for target, _ in pairs),
         scores[:, filled],
         indices[:, filled],
-        torch.where(wholes[:, None], -1, positions)[:, filled],
+        positions[:, filled],
         tuple(name for name, some in zip(ranking.bands, filled.tolist(), strict=False) if some),
         scanned,
     )
 
 
-def as_units(handle: Handle, target: Any, shape: Shape) -> list[Target]:
+def as_units(handle: Handle, target: Target, shape: Shape) -> list[Target]:
     """The units a target names: all channels of a layer, else itself. Raises as `Handle.bind` does."""
-    whole = as_target(target)
-    _bound(handle, whole, shape)
-    if len(whole.terms) == 1:
-        (weight, atom), layout = whole.terms[0], None
+    _bound(handle, target, shape)
+    if len(target.terms) == 1:
+        (weight, atom), layout = target.terms[0], None
         if isinstance(atom, Unit) and atom.channel is None and atom.direction is None:
             layout = handle.layer(atom.layer, shape).layout
         if layout is not None:
             units = [channel(atom.layers[0], index) for index in range(layout.channels)]
             return units if weight == 1 else [unit * weight for unit in units]
-    return [whole]
+    return [target]
 
 
 # -- groups of units that are looked at together ----------------------------------------------------------------------
