@@ -505,11 +505,13 @@ def test_bad_targets_and_data(tmp_path: Path) -> None:
 
 
 def test_outputs_that_are_not_finite_name_the_image() -> None:
-    handle, _ = SPECIMENS["plain"]()
-    inputs = noise(handle)
-    inputs[4] *= 1e38
+    module = Sum()
+    with torch.no_grad():
+        module.out.weight.fill_(1e30)
+    inputs = torch.ones(6, 1, 1, 1)
+    inputs[4] = 1e20
     with pytest.raises(BadInput, match="a target holds NaN or infinity for image 4"):
-        tl.examples(handle, inputs, "logit:1")
+        tl.examples(tl.wrap(module, input_size=(1, 1, 1)), inputs, "logit:0")
 
 
 def test_a_first_image_that_cannot_be_read_does_not_matter() -> None:
