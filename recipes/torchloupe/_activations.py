@@ -12,8 +12,9 @@ from torch import Tensor
 from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
-from torchloupe_core.activations import Activations, Threshold, thresholds
+from torchloupe_core.activations import Activations, Threshold, quantiles_over, thresholds
 from torchloupe_core.channels import select
+from torchloupe_core.dataset import open_data
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.pace import Pace
@@ -28,6 +29,7 @@ def activations(
     *,
     channels: Sequence[int] | int | None = None,
     threshold: Threshold | None = None,
+    over: Any = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -37,6 +39,7 @@ def activations(
 
     channels: those wanted, all unless given. threshold: makes `.masks`, the pixels where a map, enlarged to the image,
     exceeds it: a value, as `0.5`; a quantile of each channel over these images, as `"99%"`; a value for each channel.
+    over: a data set, as `examples` takes it, that the quantile is taken over instead.
     """
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"batch_size is at least 1; got {batch_size}")
@@ -49,7 +52,10 @@ def activations(
         raise NotApplicable(f"layer {str(layer)!r} ({found.kind}) gives no map of channels")
     if threshold is not None and not found.spatial:
         raise NotApplicable(f"layer {str(layer)!r} ({found.kind}) has one position, so no threshold can say where")
+    if over is not None and threshold is None:
+        raise BadInput('over= is a data set for a quantile, and no threshold was given, as "99%"')
     chosen = select(channels, found.layout.channels, str(layer))
+    scanned = None if over is None else _over(handle, over, str(layer), threshold, batch_size, progress)
     pace = handle.pace(shape) if batch_size is None else Pace(batch_size, settled=True)
     with progress_bar("activations", "images", progress) as report, handle.borrow():
         parts = []
@@ -61,7 +67,11 @@ def activations(
     maps = torch.cat(parts)
     if not maps.isfinite().all():
         raise BadInput(f"layer {str(layer)!r} gives NaN or infinity for these images")
-    values, words = (None, "") if threshold is None else thresholds(maps, threshold, chosen, found.layout.channels)
+    values, words = None, ""
+    if threshold is not None:
+        asked, said = scanned or (threshold, "")
+        values, words = thresholds(maps, asked, chosen, found.layout.channels)
+        words = said or words
     return Activations(
         method="activations",
         backend="native",
@@ -77,6 +87,14 @@ def activations(
         thresholds=values,
         threshold=words,
     )
+
+
+def _over(
+    handle: Handle, over: Any, layer: str, threshold: Any, batch_size: int | None, progress: bool | None
+) -> tuple[Tensor, str]:
+    data = open_data(over, handle.spec)
+    with progress_bar("quantiles", "images", progress) as report:
+        return quantiles_over(handle, data, layer, threshold, batch_size=batch_size, progress=report)
 
 
 def _maps(handle: Handle, inputs: Tensor, layer: object, channels: Sequence[int]) -> Tensor:

@@ -113,6 +113,7 @@ def weights(
 @click.option(
     "--threshold", callback=_threshold, help="Darkens pictures where a map is below: 0.5, or 99% of its values."
 )
+@click.option("--over", type=FILE, help="Folder of pictures that a threshold in percent is taken over.")
 @_channels
 @_of_a_model
 def activations(
@@ -122,6 +123,7 @@ def activations(
     out: Path,
     channels: list[int] | None,
     threshold: float | str | None,
+    over: Path | None,
     as_json: bool,
     progress: bool | None,
     **asked: Any,
@@ -130,8 +132,8 @@ def activations(
 
     An IMAGE is a file or a folder. For x.jpg and layer4, --out gets x.jpg.layer4.activations.png, a drawing, and
     x.jpg.layer4.activations.npz, the raw maps, which torchloupe.open reads; what is there already is replaced. A
-    threshold in percent is each channel's quantile over all the pictures. One that cannot be read is reported and left
-    out.
+    threshold in percent is each channel's quantile over all the pictures, or over those of another folder. A picture
+    that cannot be read is reported and left out.
 
     \b
     Example:
@@ -139,6 +141,8 @@ def activations(
     """
     from torchloupe._folder import named
     from torchloupe_adapters.tqdm import progress_bar
+    from torchloupe_core.activations import quantiles_over
+    from torchloupe_core.dataset import open_data
     from torchloupe_core.results import writable_folder
 
     pictures = named(images, out)
@@ -148,11 +152,13 @@ def activations(
         handle.layer(layer)
     maps = _Maps(handle, layer, channels)
     with progress_bar("activations", " pictures", progress) as report:
-        words = ""
-        if isinstance(threshold, str):
-            threshold, words = maps.quantiles(list(pictures.values()), threshold)
+        values, words = threshold, ""  # type: Any, str
+        if over is not None:
+            values, words = quantiles_over(handle, open_data(over, handle.spec), layer, values)
+        elif isinstance(threshold, str):
+            values, words = maps.quantiles(list(pictures.values()), threshold)
         for done, (name, path) in enumerate(pictures.items(), 1):
-            for found in maps.of(path, threshold):
+            for found in maps.of(path, values):
                 found = replace(found, threshold=words or found.threshold)
                 png, npz = _written(found, out / f"{name}.{layer}.activations")
                 facts = {"image": path, "layer": layer, "shape": list(found.maps.shape), "png": png, "npz": npz}

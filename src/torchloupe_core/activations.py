@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput
+from torchloupe_core.handle import Handle
 from torchloupe_core.results import Result
+from torchloupe_core.scan import scan
+from torchloupe_core.statistics import Quantiles
 
-__all__ = ["Activations", "Threshold", "thresholds"]
+__all__ = ["Activations", "Threshold", "quantiles_over", "thresholds"]
 
 Threshold = float | str | Sequence[float] | Tensor
+
+SKETCH = 8192  # values a quantile sketch holds for each channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +116,20 @@ def thresholds(maps: Tensor, threshold: Threshold, chosen: Sequence[int], count:
         return values, "a value for each channel"
     some = f"{len(chosen)} or {count}" if len(chosen) != count else str(count)
     raise BadInput(f"threshold has one value or {some}, one for each channel; got {list(values.shape)}")
+
+
+def quantiles_over(
+    handle: Handle, data: DataSet, layer: str, threshold: Threshold, **options: Any
+) -> tuple[Tensor, str]:
+    """Each channel's quantile, as `"99.5%"`, over all positions of all images of a data set, and that in words.
+
+    One pass over the data; ranks are off by up to 1/8192. options: of `scan`.
+    """
+    if not isinstance(threshold, str):
+        raise BadInput(f'what is taken over a data set is a quantile, as "99.5%"; got {threshold!r}')
+    share, sketch = _share(threshold), Quantiles(SKETCH)
+    found = scan(handle, data, {layer: [sketch]}, **options)
+    return sketch.compute().quantile(share).float(), f"{threshold.strip()} quantile of {found.images} images"
 
 
 def _share(text: str) -> float:

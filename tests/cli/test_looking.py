@@ -71,6 +71,17 @@ def test_a_quantile_is_over_all_pictures(run: Run, photos: Path, tmp_path: Path)
         assert found.threshold == expected.threshold == "90% quantile of 3 images"
 
 
+def test_a_quantile_over_another_folder(run: Run, photos: Path, tmp_path: Path) -> None:
+    options = ("--layer", "layer3", "--channels", "2,5", "--out", tmp_path / "out")
+    run("activations", photos / "a.png", *options, "--threshold", "90%", "--over", photos)
+    expected = tl.activations("demo", photos / "a.png", "layer3", channels=[2, 5], threshold="90%", over=photos)
+    found = tl.open(tmp_path / "out" / "a.png.layer3.activations.npz")
+    assert isinstance(found, tl.Activations) and found.thresholds is not None and expected.thresholds is not None
+    assert torch.equal(found.thresholds, expected.thresholds) and found.threshold == "90% quantile of 3 images"
+    done = run("activations", photos / "a.png", *options, "--threshold", "0.5", "--over", photos)
+    assert done.exit_code == 2 and 'is a quantile, as "99.5%"; got 0.5' in done.stderr
+
+
 def test_a_threshold_is_a_number_too(run: Run, photos: Path, tmp_path: Path) -> None:
     done = run("activations", photos / "a.png", "--layer", "conv1", "--threshold", "-0.5", "--out", tmp_path, "--json")
     facts = json.loads(done.stdout)

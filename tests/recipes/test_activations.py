@@ -130,6 +130,21 @@ def test_values_from_elsewhere_one_for_each_channel(scenes: Any) -> None:
     assert own.threshold == "a value for each channel"
 
 
+def test_a_quantile_over_a_data_set() -> None:
+    model, scenes = tl.load("demo"), tl.demo_scenes(40, seed=7)
+    every = tl.activations(model, scenes.images, "layer4", channels=[14, 17])
+    found = tl.activations(model, scenes.images[:2], "layer4", channels=[14, 17], threshold="99%", over=scenes)
+    assert found.thresholds is not None and found.threshold == "99% quantile of 40 images"
+    share = (every.maps <= found.thresholds[:, None, None]).float().mean((0, 2, 3))
+    assert ((share - 0.99).abs() < 1e-3).all()
+    alone = tl.activations(model, scenes.images[:2], "layer4", channels=[14, 17], threshold="99%")
+    assert alone.thresholds is not None and not torch.equal(alone.thresholds, found.thresholds)
+    with pytest.raises(BadInput, match="no threshold was given"):
+        tl.activations(model, scenes.images[:2], "layer4", over=scenes)
+    with pytest.raises(BadInput, match=r'is a quantile, as "99\.5%"; got 0\.5'):
+        tl.activations(model, scenes.images[:2], "layer4", threshold=0.5, over=scenes)
+
+
 def test_a_quantile_of_zero_and_a_threshold_nothing_reaches(scenes: Any) -> None:
     lowest = tl.activations("demo", scenes.images, "conv1", channels=3, threshold="0%")
     assert lowest.thresholds is not None and lowest.thresholds.item() == lowest.maps.min().item()
