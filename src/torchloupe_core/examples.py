@@ -56,7 +56,7 @@ class Examples(Result):
     skipped: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
-    pixels: Tensor | None = None  # of all crops, one after another, in a result that was saved
+    pixels: Tensor | None = None  # in a result that was saved: of all crops, one after another, or of all images found
     data: DataSet | None = None
 
     def __len__(self) -> int:
@@ -72,10 +72,10 @@ class Examples(Result):
     def only(self, rows: Sequence[int]) -> Examples:
         """The examples of some units, by their place in `units`."""
         tensors = ("scores", "indices", "positions", "boxes", "outside", "points", "sizes", "labels")
-        kept = None if self.pixels is None else _packed([self.crops[row] for row in rows])
         chosen = {name: getattr(self, name)[list(rows)] for name in tensors}
         units, asked = (tuple(texts[row] for row in rows) for texts in (self.units, self.asked))
-        return replace(self, units=units, asked=asked, pixels=kept, **chosen)
+        found = replace(self, units=units, asked=asked, pixels=None, **chosen)
+        return found if self.pixels is None else replace(found, pixels=found._packed(self._pictures()))
 
     @cached_property
     def crops(self) -> Crops:
@@ -84,13 +84,9 @@ class Examples(Result):
         The patch in `boxes`, or with crop="image" the whole image. Each image found is read once more. Raises
         `BadInput` if one can no longer be read, or where a result was saved without its crops.
         """
-        if self.pixels is not None:
-            return self._unpacked(self.pixels)
         crops: Crops = [[None] * self.indices.shape[1] for _ in self.units]
-        for index, picture in self._pictures():
-            for row, column in (self.indices == index).nonzero().tolist():
-                top, left, bottom, right = self.shown[row, column].tolist()
-                crops[row][column] = picture[:, top:bottom, left:right].clone()
+        for row, column, crop in self._cut(self._pictures()):
+            crops[row][column] = crop.clone() if self._as_crops else crop  # a view keeps its whole image
         return crops
 
     @property
@@ -105,33 +101,64 @@ class Examples(Result):
         return self.names.get(str(index), f"image {index}")
 
     def save(self, path: str | os.PathLike[str], *, crops: bool = True) -> Path:
-        """As every result; crops=False leaves out the pictures, which are then not there when it is opened again."""
-        pixels = _packed(self.crops) if crops else None
+        """As every result, with the pictures found; crops=False leaves them out of the file, for good."""
+        pixels = self._packed(self._pictures()) if crops else None
         return super(Examples, replace(self, data=None, pixels=pixels)).save(path)
 
+    @property
+    def _found(self) -> list[int]:
+        """Every image found, once."""
+        return sorted(set(self.indices[self.indices >= 0].tolist()))
+
     def _pictures(self) -> Iterator[tuple[int, Tensor]]:
-        """Every image found, once, as it is shown."""
+        """Every image found, once, as it is shown; of a saved result perhaps only what its crops show of it."""
+        if self.pixels is not None:
+            yield from self._unpacked(self.pixels)
+            return
         if self.data is None:
             raise BadInput("this result was saved without its crops, so it has no pictures to show")
-        wanted = sorted(set(self.indices[self.indices >= 0].tolist()))
-        for sample in self.data.read_each(wanted):
+        for sample in self.data.read_each(self._found):
             if sample.inputs is None:
                 raise BadInput(f"{self.data.name(sample.index)} was read before and cannot be now: {sample.error}")
             yield sample.index, self.data.spec.display(sample.inputs[None])[0]
 
-    def _unpacked(self, pixels: Tensor) -> Crops:
-        crops: Crops = [[None] * self.indices.shape[1] for _ in self.units]
+    def _cut(self, pictures: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
+        """The row, the column and the pixels of each crop, image by image."""
+        for index, picture in pictures:
+            for row, column in (self.indices == index).nonzero().tolist():
+                top, left, bottom, right = self.shown[row, column].tolist()
+                yield row, column, picture[:, top:bottom, left:right]
+
+    def _packed(self, pictures: Iterator[tuple[int, Tensor]]) -> Tensor:
+        """As bytes, one after another, all crops or all images found, whichever takes less."""
+        wanted = set(self._found)
+        pictures = ((index, picture) for index, picture in pictures if index in wanted)
+        parts = (crop for *_, crop in self._cut(pictures)) if self._as_crops else (picture for _, picture in pictures)
+        packed = [(part * 255).round().byte().flatten() for part in parts]
+        return torch.cat(packed) if packed else torch.empty(0, dtype=torch.uint8)
+
+    def _unpacked(self, pixels: Tensor) -> Iterator[tuple[int, Tensor]]:
         begin = 0
-        for row, column in (self.indices >= 0).nonzero().tolist():
-            top, left, bottom, right = self.shown[row, column].tolist()
-            shape = (3, bottom - top, right - left)
-            end = begin + shape[0] * shape[1] * shape[2]
-            crops[row][column] = pixels[begin:end].view(shape).float() / 255
-            begin = end
-        return crops
+        for index in self._found:
+            cells = (self.indices == index).nonzero().tolist()
+            height, width = self.sizes[tuple(cells[0])].tolist()
+            boxes = (
+                [self.shown[row, column].tolist() for row, column in cells]
+                if self._as_crops
+                else [[0, 0, height, width]]
+            )
+            picture = torch.zeros(3, height, width)
+            for top, left, bottom, right in boxes:
+                end = begin + 3 * (bottom - top) * (right - left)
+                picture[:, top:bottom, left:right] = pixels[begin:end].view(3, bottom - top, right - left).float() / 255
+                begin = end
+            yield index, picture
 
-
-def _packed(crops: Crops) -> Tensor:
-    """All crops as bytes, one after another."""
-    parts = [(crop * 255).round().byte().flatten() for row in crops for crop in row if crop is not None]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    @cached_property
+    def _as_crops(self) -> bool:
+        """Whether the crops together are smaller than the images they are of."""
+        there = self.indices >= 0
+        shown = self.shown[there]
+        crops = ((shown[:, 2] - shown[:, 0]) * (shown[:, 3] - shown[:, 1])).sum()
+        first = {index: place for place, index in reversed(list(enumerate(self.indices[there].tolist())))}
+        return bool(crops < self.sizes[there][list(first.values())].prod(1).sum())

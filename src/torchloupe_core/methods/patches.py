@@ -37,8 +37,8 @@ SAMPLE = 2048  # images that a median is taken of, where there are more
 class Found:
     """What a search found for U units: `scores`, image `indices` and flat `positions`, each `[U, k]`.
 
-    Places that nothing fills hold index -1. asked: the target each unit came from. bands: of
-    each column, for a spectrum.
+    Places that nothing fills hold index -1. asked: the target each unit came from. bands: of each column, for a
+    spectrum.
     """
 
     units: tuple[Target, ...]
@@ -147,7 +147,7 @@ class _Group:
         self, handle: Handle, shape: Shape, kind: Kind, layer: str, rows: Sequence[int], units: Sequence[Target]
     ) -> None:
         self.kind, self.layer, self.rows, self.units = kind, layer, rows, tuple(units)
-        self.bounds = [_bound(handle, unit, shape) for unit in units]
+        self.bounds = [] if kind == "channels" else [_bound(handle, unit, shape) for unit in units]
         self.statistics: list[Any] = []
 
     def project(self, maps: Tensor) -> Tensor:
