@@ -1,0 +1,129 @@
+"""The data set as the model sees it: one vector for each image, from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchloupe_core.dataset import DataSet, open_data
+from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.handle import Handle, Shape
+from torchloupe_core.scan import scan
+from torchloupe_core.statistics import Features
+
+__all__ = ["FeatureSet", "collect"]
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """What one layer gives for M images of a data set, averaged over positions.
+
+    vectors: `[M, D]` float32, finite. indices: `[M]`, which image of the data set each row is, rising. labels: `[M]`,
+    -1 where unknown. names: the file of each row, None where images are no files. classes: a name for each label.
+    layer: which layer. skipped: the images that could not be read, by index, with why. data: where the images are read
+    from again, None if they cannot be.
+    """
+
+    vectors: Tensor
+    indices: Tensor
+    labels: Tensor
+    names: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    layer: str = ""
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    data: DataSet | None = None
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or not self.vectors.numel():
+            raise BadInput(f"features are [M, D], a vector for each image; got {list(self.vectors.shape)}")
+        for name in ("indices", "labels", "names"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.vectors):
+                raise BadInput(f"{len(self.vectors)} vectors come with {len(value)} {name}")
+        if not bool(self.vectors.isfinite().all()):
+            row = int((~self.vectors.isfinite().all(1)).nonzero()[0, 0])
+            raise BadInput(f"the features of {self.name(row)} hold NaN or infinity")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any image has a label."""
+        return bool((self.labels >= 0).any())
+
+    def name(self, row: int) -> str:
+        """What to call the image of a row."""
+        return self.names[row] if self.names is not None else f"image {int(self.indices[row])}"
+
+
+def collect(
+    handle: Handle,
+    data: Any,
+    layer: object = None,
+    *,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    autocast: torch.dtype | None = None,
+    skip_failures: bool = True,
+    progress: Report = lambda done, total: None,
+) -> FeatureSet:
+    """The features of a data set of any kind, from one forward pass a batch that ends at the layer.
+
+    layer: what goes into the classifier unless given; `fc.in` is what goes into `fc`. The rest as in `scan`.
+    """
+    opened = open_data(data, handle.spec)
+    name = str(layer) if layer is not None else default_layer(handle, opened)
+    features = Features()
+    found = scan(
+        handle,
+        opened,
+        {name: [features]},
+        batch_size=batch_size,
+        workers=workers,
+        autocast=autocast,
+        skip_failures=skip_failures,
+        progress=progress,
+    )
+    indices, vectors = features.compute()
+    rows: list[int] = indices.tolist()
+    return FeatureSet(
+        vectors.float(),
+        indices,
+        torch.tensor([found.labels.get(row, -1) for row in rows]),
+        None if opened.names is None else tuple(opened.names[row] for row in rows),
+        class_names(opened),
+        name,
+        found.skipped,
+        opened,
+    )
+
+
+def default_layer(handle: Handle, data: DataSet) -> str:
+    """What goes into the classifier. A model whose input size is not known is asked at that of the first image."""
+    if handle.spec.input_size is not None:
+        return handle.embedding
+    return handle.embedding_at(_first_shape(data))
+
+
+def _first_shape(data: DataSet) -> Shape:
+    order = range(1) if data.order is None else data.order
+    first = next((one.inputs for one in map(data.read, order) if one.inputs is not None), None)
+    if first is None:
+        raise NotApplicable("no image could be read, so the layer before the classifier is not known; name layer=")
+    channels, height, width = first.shape
+    return channels, height, width
+
+
+def class_names(data: DataSet) -> tuple[str, ...] | None:
+    """The names a data set states: a folder's class subfolders, or `classes` of a torch `Dataset`."""
+    stated = data.classes if data.classes is not None else getattr(data.items, "classes", None)
+    if isinstance(stated, (tuple, list)) and stated and all(isinstance(one, str) for one in stated):
+        return tuple(stated)
+    return None
