@@ -1,0 +1,145 @@
+"""The nearest of many vectors, exactly: found in single precision, settled in double.
+
+Products in single precision say which vectors can be among the nearest, within a bound on their rounding; the distances
+of these few are then computed in double precision, so that the answer is that of a loop in double precision. Vectors
+come block by block, and memory stays bounded whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchloupe_core.errors import BadInput
+
+__all__ = ["Metric", "Nearest", "norms"]
+
+Metric = Literal["cosine", "l2"]
+
+SCORES = 2**24  # held at once, 64 MB
+QUERIES = 256  # looked for at once
+REFINED = 2**22  # numbers of candidates held at once in double precision
+LONG = 2**14  # beyond so many dimensions rounding in single precision says too little
+MODERATE = (1e-15, 1e15)  # norms whose squares single precision holds
+
+Floats = NDArray[np.floating]
+
+
+def norms(vectors: Tensor) -> Tensor:
+    """The length of each of the vectors `[M, D]`, in double precision, with little memory."""
+    parts = vectors.split(max(1, REFINED // vectors.shape[1]))
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
+
+
+class Nearest:
+    """For each of Q queries the k nearest vectors so far, by rising distance; equal ones by their number.
+
+    Distances are 1 - cos, from 0 to 2, or Euclidean. A vector of zeros has no direction: its cosine counts as 0.
+    leave_out: for each query the number of a vector that does not count, -1 for none.
+    """
+
+    def __init__(self, queries: Tensor, k: int, metric: Metric = "cosine", leave_out: Tensor | None = None) -> None:
+        if metric not in get_args(Metric):
+            raise BadInput(f'metric is "cosine" or "l2"; got {metric!r}')
+        if k < 1:
+            raise BadInput(f"k is at least 1; got {k}")
+        self.k, self.metric = k, metric
+        self.queries, self.lengths = queries, norms(queries)
+        self.left_out = torch.full((len(queries),), -1) if leave_out is None else leave_out
+        self.distances = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
+        self.numbers = torch.full((len(queries), k), -1)
+
+    def update(self, vectors: Tensor, numbers: Tensor, lengths: Tensor | None = None) -> None:
+        """Takes in vectors `[B, D]`, each under its number `[B]`; `lengths` are their `norms` where known already."""
+        lengths = norms(vectors) if lengths is None else lengths
+        size = max(1, SCORES // min(len(self.queries), QUERIES))
+        for begin in range(0, len(self.queries), QUERIES):
+            some = slice(begin, begin + QUERIES)
+            for start in range(0, len(vectors), size):
+                part = slice(start, start + size)
+                self._take(some, vectors[part], numbers[part], lengths[part])
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Numbers and distances, `[Q, k]`; fewer columns where there are fewer vectors for some query."""
+        count = int((self.numbers >= 0).sum(1).min())
+        return self.numbers[:, :count], self.distances[:, :count]
+
+    def _take(self, some: slice, vectors: Tensor, numbers: Tensor, lengths: Tensor) -> None:
+        rows, columns = self._possible(some, vectors, numbers, lengths)
+        distances = torch.cat([*self._exact(some, vectors, rows, columns), torch.empty(0, dtype=torch.float64)])
+        held = (self.numbers[some] >= 0).nonzero()
+        every = (
+            torch.cat([held[:, 0], rows]).numpy(),
+            torch.cat([self.distances[some][tuple(held.T)], distances]).numpy(),
+            torch.cat([self.numbers[some][tuple(held.T)], numbers[columns]]).numpy(),
+        )
+        order = np.lexsort(every[::-1])  # by query, then distance, then number
+        queries, found, names = (torch.from_numpy(one[order]) for one in every)
+        place = torch.arange(len(queries)) - torch.searchsorted(queries, queries)  # within its own query
+        kept = place < self.k
+        self.distances[some][queries[kept], place[kept]] = found[kept]
+        self.numbers[some][queries[kept], place[kept]] = names[kept]
+
+    def _possible(self, some: slice, vectors: Tensor, numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Which query may have which vector among its nearest: all pairs that rounding does not exclude."""
+        closeness, bound = self._closeness(some, vectors, lengths)
+        unwanted = self.left_out[some, None] == numbers
+        if bool(unwanted.any()):
+            closeness = closeness.masked_fill(unwanted, -torch.inf)
+        least = closeness.topk(min(self.k, len(vectors))).values[:, -1].double() - 2 * bound
+        worst = self.distances[some, -1]  # infinite until k are held
+        reached = 1 - worst if self.metric == "cosine" else self.lengths[some] ** 2 - worst**2
+        least = torch.maximum(least, reached - bound)
+        places = (closeness >= least.to(closeness)[:, None]).logical_and_(~unwanted).nonzero()
+        return places[:, 0], places[:, 1]
+
+    def _closeness(self, some: slice, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What rises as distance falls, `[Q, B]`, and for each query how far it may be off.
+
+        The cosine, or |q|^2 less the squared distance. A sum of D products is off by at most D u |q| |x| (Higham 2002,
+        section 3.1), and a few roundings more; taken twice, for the rounding of the bound itself.
+        """
+        longest, wide = float(lengths.max()), self._wide(lengths)
+        unit = 2.0**-53 if wide else 2.0**-24
+        work = np.float64 if wide else np.float32
+        # By numpy: torch's products may be made in bfloat16, where the caller has allowed it.
+        found = torch.from_numpy(_array(self.queries[some], work) @ _array(vectors, work).T)
+        rounding = 2 * (vectors.shape[1] + 8) * unit
+        own = self.lengths[some]
+        if self.metric == "cosine":
+            inverse = (1 / lengths.where(lengths > 0, torch.inf)).to(found)
+            found *= inverse
+            found *= (1 / own.where(own > 0, torch.inf)).to(found)[:, None]
+            return found, torch.full_like(own, rounding)
+        found *= 2
+        found -= (lengths**2).to(found)
+        return found, rounding * (2 * own * longest + longest**2)
+
+    def _wide(self, lengths: Tensor) -> bool:
+        """Whether single precision would not do."""
+        every = torch.cat([lengths, self.lengths])
+        every = every[every > 0]
+        moderate = not len(every) or (MODERATE[0] <= float(every.min()) and float(every.max()) <= MODERATE[1])
+        return self.queries.shape[1] > LONG or not moderate
+
+    def _exact(self, some: slice, vectors: Tensor, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+        """The distances of pairs of queries and vectors, from differences in double precision: 0 for the same."""
+        queries = self.queries[some]
+        size = max(1, REFINED // vectors.shape[1])
+        for some_rows, some_columns in zip(rows.split(size), columns.split(size), strict=True):
+            left, right = queries[some_rows].double(), vectors[some_columns].double()
+            if self.metric == "l2":
+                yield torch.linalg.vector_norm(left - right, dim=1)
+                continue
+            own, other = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (left, right))
+            apart = (left / own.where(own > 0, 1) - right / other.where(other > 0, 1)).square().sum(1) / 2
+            yield apart.where((own > 0).logical_and(other > 0)[:, 0], 1.0)  # |a - b|^2 = 2 - 2 cos for unit vectors
+
+
+def _array(vectors: Tensor, work: type[np.floating]) -> Floats:
+    return vectors.numpy().astype(work, copy=False)
