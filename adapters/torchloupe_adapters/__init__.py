@@ -44,6 +44,12 @@ METHODS = {
     ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
+    ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
+    ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",
+    ("embed", "umap.umap"): "torchloupe_adapters.umap",
+    ("embed", "opentsne.tsne"): "torchloupe_adapters.opentsne",
+    ("assign", "scipy.linear_sum_assignment"): "torchloupe_adapters.scipy",
+    ("render", "jinja2.render"): "torchloupe_adapters.jinja2",
     **{
         (verb, source): f"torchloupe_adapters.{source}"
         for verb in ("load", "recognise")
@@ -51,7 +57,10 @@ METHODS = {
     },
 }
 
-SHORT_NAMES = {"explain": {name: f"captum.{name}" for name in _CAPTUM}}
+SHORT_NAMES = {
+    "explain": {name: f"captum.{name}" for name in _CAPTUM},
+    "embed": {"pca": "sklearn.pca", "tsne": "sklearn.tsne", "umap": "umap.umap"},
+}
 
 registry.offer(METHODS)
 for _verb, _table in SHORT_NAMES.items():

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from torchloupe_core.errors import MissingDependency
+from torchloupe_core.registry import method
 
 __all__ = ["render"]
 
 
+@method("render", "jinja2.render", cost="no forward")
 def render(template: Path, **values: Any) -> str:
     """The page a template file makes of the values; every value is escaped, every one it names must be given."""
     try:

@@ -12,8 +12,13 @@ __all__ = ["progress_bar"]
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, unit: str, show: bool | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A function `(done, total)` that draws a bar; on a terminal only, unless told to or not to."""
+def progress_bar(
+    title: str, unit: str, show: bool | None = None, *, delay: float = 0.5
+) -> Iterator[Callable[[int, int], None]]:
+    """A function `(done, total)` that draws a bar; on a terminal only, unless told to or not to.
+
+    delay: seconds before it appears; with 0 it is there before the first step is done.
+    """
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda done, total: None
         return
@@ -21,7 +26,7 @@ def progress_bar(title: str, unit: str, show: bool | None = None) -> Iterator[Ca
         from tqdm import tqdm
     except ImportError as error:
         raise MissingDependency.of("tqdm", None) from error
-    with tqdm(desc=title, unit=unit, leave=False, delay=0.5) as bar:
+    with tqdm(desc=title, unit=unit, leave=False, delay=delay) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
