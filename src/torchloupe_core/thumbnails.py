@@ -103,4 +103,4 @@ def _fitted(image: Image.Image, size: int) -> Tensor:
         image = image.resize(fitted, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
     square = Image.new("RGB", (size, size), "white")
     square.paste(image, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
-    return torch.from_numpy(np.asarray(square)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
