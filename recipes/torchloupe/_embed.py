@@ -61,7 +61,7 @@ def embed(
     begun, handle = time.perf_counter(), handle_of(model, device, dtype)
     forwards = 0 if handle is None else handle.forwards
     facts = {"batch_size": batch_size, "workers": workers, "autocast": autocast, "skip_failures": skip_failures}
-    found = gathered(handle, dataset, layer, progress, **facts)
+    found = gathered(handle, dataset, layer, progress=progress, **facts)
     _require_different(found)
     with progress_bar(f"{way.name}: {way.cost}", " steps", progress, delay=0):
         placed = _placed(way, found, dims, seed, pca, options)
@@ -80,7 +80,7 @@ def embed(
         classes=found.classes,
         layer=found.layer,
         diagnostics={**placed.diagnostics, **_trust(found.vectors, placed.points, seed)},
-        skipped={_called(found, index): why for index, why in found.skipped.items()},
+        skipped=found.failures,
         data=found.data,
     )
 
@@ -124,6 +124,3 @@ def _trust(vectors: Tensor, points: Tensor, seed: int) -> dict[str, Any]:
     value = trustworthiness(vectors[rows], points[rows], neighbors)
     return {"trustworthiness": value, "trustworthiness_neighbors": neighbors, "trustworthiness_images": count}
 
-
-def _called(found: FeatureSet, index: int) -> str:
-    return found.data.name(index) if found.data is not None else f"image {index}"

@@ -35,11 +35,11 @@ def features(
     `torch.bfloat16`. skip_failures: images that cannot be read are noted in `.skipped`; otherwise the first one raises.
     """
     facts = {"batch_size": batch_size, "workers": workers, "autocast": autocast, "skip_failures": skip_failures}
-    return gathered(opened(model, device=device, dtype=dtype), dataset, layer, progress, **facts)
+    return gathered(opened(model, device=device, dtype=dtype), dataset, layer, progress=progress, **facts)
 
 
 def gathered(
-    handle: Handle | None, dataset: Any, layer: object, progress: bool | None, **options: Any
+    handle: Handle | None, dataset: Any, layer: object, *, progress: bool | None, **options: Any
 ) -> FeatureSet:
     """The features of whatever a verb was given as its data set. Options are those of `collect`."""
     if isinstance(dataset, FeatureSet):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchloupe_core.dataset import DataSet, open_data
-from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle, Shape
+from torchloupe_core.nearest import norms
 from torchloupe_core.scan import scan
 from torchloupe_core.statistics import Features
 
@@ -24,7 +26,7 @@ Report = Callable[[int, int], None]
 class FeatureSet:
     """What one layer gives for M images of a data set, averaged over positions.
 
-    vectors: `[M, D]` float32, finite. indices: `[M]`, which image of the data set each row is, rising. labels: `[M]`,
+    vectors: `[M, D]` float32, finite. indices: `[M]`, which image of the data set each row is, rising as a pass gives them. labels: `[M]`,
     -1 where unknown. names: the file of each row, None where images are no files. classes: a name for each label.
     layer: which layer. skipped: the images that could not be read, by index, with why. data: where the images are read
     from again, None if they cannot be.
@@ -53,6 +55,11 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The length of each vector, `[M]` float64; found once, for searches."""
+        return norms(self.vectors)
+
     @property
     def labelled(self) -> bool:
         """Whether any image has a label."""
@@ -61,6 +68,20 @@ class FeatureSet:
     def name(self, row: int) -> str:
         """What to call the image of a row."""
         return self.names[row] if self.names is not None else f"image {int(self.indices[row])}"
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """What could not be read, by name, with why."""
+        called = self.data.name if self.data is not None else "image {}".format
+        return {called(index): why for index, why in self.skipped.items()}
+
+    def some(self, rows: Sequence[int]) -> FeatureSet:
+        """The images of some rows, in their order."""
+        chosen = list(rows)
+        names = None if self.names is None else tuple(self.names[row] for row in chosen)
+        return replace(
+            self, vectors=self.vectors[chosen], indices=self.indices[chosen], labels=self.labels[chosen], names=names
+        )
 
 
 def collect(
@@ -116,7 +137,7 @@ def _first_shape(data: DataSet) -> Shape:
     order = range(1) if data.order is None else data.order
     first = next((one.inputs for one in map(data.read, order) if one.inputs is not None), None)
     if first is None:
-        raise NotApplicable("no image could be read, so the layer before the classifier is not known; name layer=")
+        raise BadInput("no image could be read, so the layer before the classifier is not known; name layer=")
     channels, height, width = first.shape
     return channels, height, width
 

@@ -7,7 +7,6 @@ come block by block, and memory stays bounded whatever their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from torchloupe_core.errors import BadInput
 
-__all__ = ["Metric", "Nearest", "norms"]
+__all__ = ["Metric", "Nearest", "apart", "norms"]
 
 Metric = Literal["cosine", "l2"]
 
@@ -71,7 +70,7 @@ class Nearest:
 
     def _take(self, some: slice, vectors: Tensor, numbers: Tensor, lengths: Tensor) -> None:
         rows, columns = self._possible(some, vectors, numbers, lengths)
-        distances = torch.cat([*self._exact(some, vectors, rows, columns), torch.empty(0, dtype=torch.float64)])
+        distances = apart(self.queries[some], vectors, rows, columns, self.metric)
         held = (self.numbers[some] >= 0).nonzero()
         every = (
             torch.cat([held[:, 0], rows]).numpy(),
@@ -127,18 +126,23 @@ class Nearest:
         moderate = not len(every) or (MODERATE[0] <= float(every.min()) and float(every.max()) <= MODERATE[1])
         return self.queries.shape[1] > LONG or not moderate
 
-    def _exact(self, some: slice, vectors: Tensor, rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-        """The distances of pairs of queries and vectors, from differences in double precision: 0 for the same."""
-        queries = self.queries[some]
-        size = max(1, REFINED // vectors.shape[1])
-        for some_rows, some_columns in zip(rows.split(size), columns.split(size), strict=True):
-            left, right = queries[some_rows].double(), vectors[some_columns].double()
-            if self.metric == "l2":
-                yield torch.linalg.vector_norm(left - right, dim=1)
-                continue
-            own, other = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (left, right))
-            apart = (left / own.where(own > 0, 1) - right / other.where(other > 0, 1)).square().sum(1) / 2
-            yield apart.where((own > 0).logical_and(other > 0)[:, 0], 1.0)  # |a - b|^2 = 2 - 2 cos for unit vectors
+
+def apart(
+    queries: Tensor, vectors: Tensor, rows: Tensor, columns: Tensor, metric: Metric
+) -> Tensor:
+    """The distances of pairs of queries and vectors, from differences in double precision: 0 for the same. `[P]`."""
+    size = max(1, REFINED // vectors.shape[1])
+    pairs = zip(rows.split(size), columns.split(size), strict=True)
+    parts = [_apart(queries[some].double(), vectors[others].double(), metric) for some, others in pairs]
+    return torch.cat([*parts, torch.empty(0, dtype=torch.float64)])
+
+
+def _apart(left: Tensor, right: Tensor, metric: Metric) -> Tensor:
+    if metric == "l2":
+        return torch.linalg.vector_norm(left - right, dim=1)
+    own, other = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (left, right))
+    squared = (left / own.where(own > 0, 1) - right / other.where(other > 0, 1)).square().sum(1)
+    return (squared / 2).where((own > 0).logical_and(other > 0)[:, 0], 1.0)  # |a - b|^2 = 2 - 2 cos for unit vectors
 
 
 def _array(vectors: Tensor, work: type[np.floating]) -> Floats:

@@ -25,11 +25,13 @@ PALETTE = (
     "#f781bf", "#4d4d4d", "#00bfc4", "#a6761d", "#8b0000", "#7cae00", "#c77cff", "#2f4b7c", "#ff8a80", "#66c2a5",
 )  # fmt: skip
 UNKNOWN = "#c4c9d1"
-SIDE = 7.0  # inches
+SIDE, PICTURED = 7.0, 10.0  # inches, of points and of pictures
 DPI = 100
-THUMBNAIL = 40  # pixels across a picture among the points
+THUMBNAIL = 32  # pixels across a picture among the points
+APART = 0.65  # of that, between the middles of two: at least two fifths of each are seen
 FRAME = 2  # pixels of colour around it
 TILES = 1500  # pixels at most across a grid of pictures
+TITLE, LEAST_WIDTH = 30, 420  # pixels above it, and across so that the title has room
 
 
 def chosen_column(found: Embedding, by: str | ColumnLike | None) -> Column | None:
@@ -72,7 +74,7 @@ def _draw_embedding(
     images: bool = False,
     size: int = THUMBNAIL,
 ) -> tuple[Any, Any]:
-    """A point for each image, coloured by label or a column. images: pictures, as many as find room beside each other.
+    """A point for each image, coloured by label or a column. images: pictures, as many as do not hide each other.
 
     size: pixels across a picture.
     """
@@ -81,7 +83,8 @@ def _draw_embedding(
     if images and found.dims == 3:
         raise BadInput("pictures are drawn in two dimensions; this embedding has 3, ask with dims=2")
     aside = 0.0 if shown is None else 1.6
-    drawing = new_figure(figsize=(SIDE + aside, SIDE + 0.35), dpi=DPI, layout="constrained")
+    side = PICTURED if images else SIDE
+    drawing = new_figure(figsize=(side + aside, side + 0.35), dpi=DPI, layout="constrained")
     axes = drawing.add_subplot(projection="3d") if found.dims == 3 else drawing.add_subplot()
     tints = colours_of(shown, len(found))
     _points(axes, found, tints, faint=images)
@@ -97,7 +100,7 @@ def _draw_embedding(
 def _points(axes: Any, found: Embedding, tints: Tensor, *, faint: bool) -> None:
     """In an order drawn at random, so that no kind lies on top of another because of its number."""
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(found.seed)).numpy()
-    across = float(np.clip(60 / np.sqrt(len(found)), 0.7, 6.0))  # points, the unit
+    across = float(np.clip(110 / np.sqrt(len(found)), 1.2, 7.0))  # points, the unit
     axes.scatter(
         *found.points[order].T.numpy(),
         s=(0.5 * across if faint else across) ** 2,
@@ -117,7 +120,7 @@ def _bare(axes: Any, found: Embedding) -> None:
         getattr(axes, f"set_{which}ticks")([])
     if found.dims == 2:
         axes.set_aspect("equal", adjustable="datalim")
-        axes.margins(0.03)
+        axes.margins(0.04)
         for spine in axes.spines.values():
             spine.set_color("#dfe3ea")
 
@@ -136,7 +139,7 @@ def _legend(drawing: Any, axes: Any, shown: Column) -> None:
 def _title(found: Embedding, pictured: int | None = None) -> str:
     trust = found.diagnostics.get("trustworthiness")
     said = "" if trust is None else f", trustworthiness {trust:.3f}"
-    shown = "" if pictured is None or pictured == len(found) else f"\npictures of {pictured:,}, as many as find room"
+    shown = "" if pictured is None or pictured == len(found) else f"\npictures of {pictured:,}, as many as do not hide each other"
     return plots.escaped(f"{len(found):,} images at {found.layer}, {found.method}{said}{shown}")
 
 
@@ -148,11 +151,11 @@ def _short(text: str, most: int = 22) -> str:
 
 
 def _pictures(drawing: Any, axes: Any, found: Embedding, size: int, tints: Tensor) -> int:
-    """Pictures at their points, none over another, framed in the point's colour; how many there are."""
+    """Pictures at their points, none far over another, framed in the point's colour; how many there are."""
     drawing.draw_without_rendering()  # or the layout is not known, and so not where pixels are
     box, edge = axes.get_window_extent(), size // 2 + 2
     places = axes.transData.transform(found.points.double().numpy()) - [box.x0, box.y0]
-    rows = apart(places, size + 2 * FRAME + 1, found.seed)
+    rows = apart(places, APART * (size + 2 * FRAME), found.seed)
     canvas = torch.zeros(4, round(box.height) + 2 * edge, round(box.width) + 2 * edge)
     for row, picture in zip(rows.tolist(), found.thumbnails(size, rows) / 255, strict=True):
         left = round(places[row, 0]) + edge - size // 2
@@ -197,12 +200,17 @@ def _draw_grid(grid: Grid, new_figure: Callable[..., Any], *, size: int | None =
     for (row, place), tile in zip(grid.cells.tolist(), grid.thumbnails(size), strict=True):
         picture[:, row * step : row * step + size, place * step : place * step + size] = tile
     height, width = picture.shape[1:]
-    drawing = new_figure(figsize=(max(width, 420) / DPI, height / DPI + 0.4), dpi=DPI)
-    axes = drawing.add_axes((0, 0, width / max(width, 420), height / (height + 0.4 * DPI)))  # pixel for pixel
+    whole = (max(width, LEAST_WIDTH), height + TITLE)
+    drawing = new_figure(figsize=(whole[0] / DPI, whole[1] / DPI), dpi=DPI)
+    axes = drawing.add_axes((0, 0, width / whole[0], height / whole[1]))  # pixel for pixel
     axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set_axis_off()
+    drawing.suptitle(_grid_title(grid), fontsize=8.5, x=6 / whole[0], y=1 - 8 / whole[1], ha="left", va="top")
+    return drawing, axes
+
+
+def _grid_title(grid: Grid) -> str:
     images, of = grid.diagnostics["images"], grid.diagnostics["of"]
     some = f"{images:,} images" if images == of else f"{images:,} of {of:,} images, drawn at random"
     moved = f"moved by {grid.diagnostics['moved']:.0%} of the width"
-    drawing.suptitle(f"{some} of {plots.escaped(str(grid.options['embedding']))}, {moved}", fontsize=8.5, x=0.01, ha="left")
-    return drawing, axes
+    return plots.escaped(f"{some}, by {grid.options['embedding']}, {moved}")
