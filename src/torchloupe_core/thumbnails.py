@@ -18,7 +18,7 @@ from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.images import open_picture
 from torchloupe_core.spec import Spec
 
-__all__ = ["Pictured", "small", "thumbnails"]
+__all__ = ["Pictured", "natural_size", "small", "thumbnails"]
 
 AT_ONCE = 64
 MISSING = 200  # the grey of a picture that cannot be read any more
@@ -61,6 +61,19 @@ def thumbnails(found: Pictured, rows: Tensor, size: int, report: Callable[[int, 
         small_ones[place] = picture
         report(done, len(rows))
     return small_ones
+
+
+def natural_size(found: Pictured) -> int:
+    """How many pixels across the images are, going by the first that can be read; small pictures need not be larger."""
+    if found.pictures is not None:
+        return found.pictures.shape[2]
+    if found.data is not None:
+        read = (found.data.read(index).inputs for index in found.indices.tolist())
+        return next((max(inputs.shape[1:]) for inputs in read if inputs is not None), 1)
+    for name in found.names or ():
+        with contextlib.suppress(BadInput):
+            return max(open_picture(name).size)
+    return 1
 
 
 def small(inputs: Tensor, spec: Spec, size: int) -> Tensor:
