@@ -40,6 +40,7 @@ HOMES = {
     "jinja2": {"torchloupe_adapters/jinja2.py"},
     "click": {
         "torchloupe/cli.py",
+        "torchloupe/cli_embedding.py",
         "torchloupe/cli_looking.py",
         "torchloupe_adapters/demo/train.py",
     },  # each a command of its own

@@ -26,7 +26,7 @@ def tsne(
     exaggeration: float | None = None,
     iterations: int = 500,
 ) -> Projection:
-    """perplexity: 30, or a third of the other images where that is less. iterations: after 250 of early exaggeration."""
+    """perplexity: 30, or a third of the other images where that is less. iterations: after 250 that exaggerate."""
     count = len(vectors)
     require_images("opentsne.tsne", count, max(4, dims + 1), dims)
     if perplexity is not None and not 1 <= perplexity <= (count - 1) / 3:

@@ -16,7 +16,7 @@ METRICS = {"cosine": "cosine", "l2": "euclidean"}
 
 
 def descend(queries: Tensor, vectors: Tensor, k: int, metric: Metric, seed: int) -> Tensor:
-    """Rows of `vectors`, `[Q, k]`, that are likely the nearest of each query (Dong et al. 2011). k is below their number.
+    """Rows of `vectors`, `[Q, k]`, that are likely the nearest of each query (Dong et al. 2011).
 
     Its first use in a process compiles for some seconds.
     """
@@ -28,8 +28,7 @@ def descend(queries: Tensor, vectors: Tensor, k: int, metric: Metric, seed: int)
         from pynndescent import NNDescent
     except ImportError as error:
         raise MissingDependency.of("pynndescent", "umap") from error
-    graph = NNDescent(
-        vectors.numpy(), METRICS[metric], n_neighbors=min(max(DEGREE, k + 1), len(vectors) - 1), random_state=seed, n_jobs=1
-    )
+    degree = min(max(DEGREE, k + 1), len(vectors) - 1)
+    graph = NNDescent(vectors.numpy(), METRICS[metric], n_neighbors=degree, random_state=seed, n_jobs=1)
     rows, _ = graph.query(queries.numpy(), k=k)
     return torch.from_numpy(rows).long()

@@ -32,10 +32,18 @@ def pca(vectors: Tensor, dims: int, seed: int, *, whiten: bool = False) -> Proje
     # In float64: sums of squares of features far from zero leave little of their variance in float32.
     fitted = PCA(dims, whiten=whiten, random_state=seed)
     points = fitted.fit_transform(vectors.double().numpy())
-    return Projection(torch.from_numpy(points).float(), {"explained_variance": fitted.explained_variance_ratio_.tolist()})
+    return Projection(
+        torch.from_numpy(points).float(), {"explained_variance": fitted.explained_variance_ratio_.tolist()}
+    )
 
 
-@method("embed", "sklearn.tsne", cost="neighbour search + layout", paper="van der Maaten and Hinton 2008, t-SNE", random=True)
+@method(
+    "embed",
+    "sklearn.tsne",
+    cost="neighbour search + layout",
+    paper="van der Maaten and Hinton 2008, t-SNE",
+    random=True,
+)
 def tsne(
     vectors: Tensor,
     dims: int,

@@ -16,7 +16,13 @@ __all__ = ["umap"]
 NEIGHBORS = 15
 
 
-@method("embed", "umap.umap", cost="neighbour search + layout; compiles first", paper="McInnes et al. 2018, UMAP", random=True)
+@method(
+    "embed",
+    "umap.umap",
+    cost="neighbour search + layout; compiles first",
+    paper="McInnes et al. 2018, UMAP",
+    random=True,
+)
 def umap(
     vectors: Tensor,
     dims: int,

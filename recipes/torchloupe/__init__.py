@@ -17,18 +17,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._activations import activations
+    from torchloupe._embed import embed
     from torchloupe._examples import examples
     from torchloupe._explain import explain
+    from torchloupe._features import features
     from torchloupe._models import load, wrap
+    from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
     from torchloupe._tables import methods
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
     from torchloupe_core.activations import Activations
+    from torchloupe_core.embedding import Embedding
+    from torchloupe_core.evengrid import Grid
     from torchloupe_core.examples import Examples
+    from torchloupe_core.features import FeatureSet
     from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
+    from torchloupe_core.neighbors import Neighbors
     from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
     from torchloupe_core.results import open_result as open
@@ -55,10 +62,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "Attribution",
+    "Embedding",
     "Examples",
+    "FeatureSet",
     "Filters",
+    "Grid",
     "Handle",
     "Layout",
+    "Neighbors",
     "ReceptiveField",
     "Spec",
     "Target",
@@ -68,15 +79,18 @@ __all__ = [
     "checks",
     "demo_scenes",
     "direction",
+    "embed",
     "errors",
     "examples",
     "explain",
+    "features",
     "interpolate",
     "layer",
     "load",
     "logit",
     "margin",
     "methods",
+    "neighbors",
     "neuron",
     "open",
     "prob",
@@ -93,20 +107,27 @@ _TARGETS = "torchloupe_core.targets"
 _HOMES = {
     "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
+    "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",
+    "FeatureSet": "torchloupe_core.features",
     "Filters": "torchloupe_core.filters",
+    "Grid": "torchloupe_core.evengrid",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
+    "Neighbors": "torchloupe_core.neighbors",
     "ReceptiveField": "torchloupe_core.receptive",
     "Spec": "torchloupe_core.spec",
     "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
+    "embed": "torchloupe._embed",
     "errors": "torchloupe.errors:",
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
+    "features": "torchloupe._features",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
+    "neighbors": "torchloupe._neighbors",
     "open": "torchloupe_core.results:open_result",
     "receptive_field": "torchloupe._receptive",
     "target": f"{_TARGETS}:parse",

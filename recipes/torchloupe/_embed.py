@@ -123,4 +123,3 @@ def _trust(vectors: Tensor, points: Tensor, seed: int) -> dict[str, Any]:
     rows = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:count]
     value = trustworthiness(vectors[rows], points[rows], neighbors)
     return {"trustworthiness": value, "trustworthiness_neighbors": neighbors, "trustworthiness_images": count}
-

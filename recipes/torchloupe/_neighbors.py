@@ -135,7 +135,7 @@ def _by_pixels(
         if there is not None:
             asked.rows(there, {})
         queries = of_pixels(data, asked.numbers, skip)
-        queries = queries.some(asked.rows(queries.indices.tolist(), dict(queries.skipped)))
+        queries = queries.some(asked.rows(queries.indices.tolist(), queries.skipped))
     else:
         queries = of_pixels(_readable(handle, asked.images)[0], None, skip)
     leave_out = asked.left_out(queries, data.names, asked.numbers or ())

@@ -8,6 +8,7 @@ from torchloupe_core.registry import Method
 
 __all__ = ["MethodTable", "methods"]
 
+STEPS = {"assign", "recognise", "render"}  # verbs of ours, not of users
 COLUMNS = ("verb", "name", "backend", "needs", "cost", "paper")
 
 
@@ -38,7 +39,7 @@ class MethodTable(list[Method]):
 def methods(verb: str | None = None) -> MethodTable:
     """Every registered way to answer a verb, or all verbs. Lists them without importing the ecosystems."""
     entries = registry.methods(verb)
-    return MethodTable(entry for entry in entries if verb is not None or entry.verb != "recognise")
+    return MethodTable(entry for entry in entries if verb is not None or entry.verb not in STEPS)
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:

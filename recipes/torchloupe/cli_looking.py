@@ -319,14 +319,14 @@ class _Maps:
         return f"activations: {len(self.seen - self.failed)} written{failed}"
 
 
-def _written(found: Result, stem: Path) -> tuple[Path, Path]:
-    """The drawing and the data of a result, side by side."""
+def _written(found: Result, stem: Path, **options: Any) -> tuple[Path, Path]:
+    """The drawing, with its options, and the data of a result, side by side."""
     import io
 
     from torchloupe_core.results import write_whole
 
     drawing = io.BytesIO()
-    found.figure().savefig(drawing, format="png", dpi=100)
+    found.figure(**options).savefig(drawing, format="png", dpi=100)
     npz = found.save(stem.with_name(stem.name + ".npz"))
     png = stem.with_name(stem.name + ".png")
     write_whole(png, drawing.getvalue())

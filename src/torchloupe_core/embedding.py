@@ -47,8 +47,8 @@ class Embedding(Result):
     """Every image of a data set as a point.
 
     points: `[N, dims]` float32. labels: `[N]`, -1 where unknown; classes: their names. indices: `[N]`, which image of
-    the data set each is. names: their files, if they are files. layer: what was laid out. skipped: the images that could
-    not be read, with why. diagnostics: `trustworthiness`, from 0 to 1, the share of neighbours among the points that are
+    the data set each is. names: their files, if they are files. layer: what was laid out. skipped: the images that
+    could not be read, with why. diagnostics: `trustworthiness`, from 0 to 1, how far neighbours among the points are
     neighbours among the features (Venna and Kaski 2001), and what the method says of itself. pictures: small ones,
     `[N, 3, s, s]` uint8, where they were kept; else they are read again when a drawing wants them.
     """
@@ -88,7 +88,7 @@ class Embedding(Result):
     ) -> Tensor:
         """`[N, 3, size, size]` uint8: small pictures of the images, or of those in some rows.
 
-        One that cannot be read any more is grey. Raises `NotApplicable` where nothing says what the images were, as in
+        One that cannot be read any more is grey. Raises `BadInput` where nothing says what the images were, as in
         a result opened from a file whose images were no files.
         """
         return thumbnails(self, torch.arange(len(self)) if rows is None else rows, size, progress)
@@ -125,7 +125,9 @@ class Embedding(Result):
         """
         from torchloupe_core.page import write_page
 
-        return write_page(self, Path(path), columns or {}, pictures=pictures, budget=budget, title=title, report=progress)
+        return write_page(
+            self, Path(path), columns or {}, pictures=pictures, budget=budget, title=title, report=progress
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As every result; the data set itself is not saved, pictures are where they were kept."""

@@ -26,10 +26,10 @@ Report = Callable[[int, int], None]
 class FeatureSet:
     """What one layer gives for M images of a data set, averaged over positions.
 
-    vectors: `[M, D]` float32, finite. indices: `[M]`, which image of the data set each row is, rising as a pass gives them. labels: `[M]`,
-    -1 where unknown. names: the file of each row, None where images are no files. classes: a name for each label.
-    layer: which layer. skipped: the images that could not be read, by index, with why. data: where the images are read
-    from again, None if they cannot be.
+    vectors: `[M, D]` float32, finite. indices: `[M]`, which image of the data set each row is, rising as a pass gives
+    them. labels: `[M]`, -1 where unknown. names: the file of each row, None where images are no files. classes: a name
+    for each label. layer: which layer. skipped: the images that could not be read, by index, with why. data: where the
+    images are read again, None if they cannot be.
     """
 
     vectors: Tensor

@@ -31,7 +31,7 @@ Floats = NDArray[np.floating]
 
 def norms(vectors: Tensor) -> Tensor:
     """The length of each of the vectors `[M, D]`, in double precision, with little memory."""
-    parts = vectors.split(max(1, REFINED // vectors.shape[1]))
+    parts = torch.split(vectors, max(1, REFINED // vectors.shape[1]))
     return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
 
 
@@ -127,20 +127,18 @@ class Nearest:
         return self.queries.shape[1] > LONG or not moderate
 
 
-def apart(
-    queries: Tensor, vectors: Tensor, rows: Tensor, columns: Tensor, metric: Metric
-) -> Tensor:
+def apart(queries: Tensor, vectors: Tensor, rows: Tensor, columns: Tensor, metric: Metric) -> Tensor:
     """The distances of pairs of queries and vectors, from differences in double precision: 0 for the same. `[P]`."""
     size = max(1, REFINED // vectors.shape[1])
-    pairs = zip(rows.split(size), columns.split(size), strict=True)
+    pairs = zip(torch.split(rows, size), torch.split(columns, size), strict=True)
     parts = [_apart(queries[some].double(), vectors[others].double(), metric) for some, others in pairs]
     return torch.cat([*parts, torch.empty(0, dtype=torch.float64)])
 
 
 def _apart(left: Tensor, right: Tensor, metric: Metric) -> Tensor:
     if metric == "l2":
-        return torch.linalg.vector_norm(left - right, dim=1)
-    own, other = (torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (left, right))
+        return (left - right).square().sum(1).sqrt()
+    own, other = (one.square().sum(1, keepdim=True).sqrt() for one in (left, right))
     squared = (left / own.where(own > 0, 1) - right / other.where(other > 0, 1)).square().sum(1)
     return (squared / 2).where((own > 0).logical_and(other > 0)[:, 0], 1.0)  # |a - b|^2 = 2 - 2 cos for unit vectors
 

@@ -47,10 +47,10 @@ class Neighbors(Result):
     indices: `[Q, k]`, which images of the data set. distances: `[Q, k]` float64; 1 - cos, from 0 to 2, or Euclidean, of
     the layer's features or of pixels in [0, 1]. labels: `[Q, k]`, query_labels: `[Q]`, -1 where unknown; classes: their
     names. names: the files of the neighbours, query after query, query_names those of the queries, if they are files.
-    query_indices: `[Q]`, which images of their own data set the queries are. excluded: whether each query, itself in the
-    data set, was left out. diagnostics: how many images were searched, and of an approximate search its `recall`, the
-    share of true neighbours it found, measured on `recall_queries` of the queries. pictures, query_pictures: small ones,
-    where they were kept.
+    query_indices: `[Q]`, which images of their own data set the queries are. excluded: whether each query, itself in
+    the data set, was left out. diagnostics: how many images were searched, and of an approximate search its `recall`,
+    the share of true neighbours it found, measured on `recall_queries` of the queries. pictures, query_pictures: small
+    ones, where they were kept.
     """
 
     drawings: ClassVar[str] = "torchloupe_core.plots_neighbors"
@@ -94,7 +94,8 @@ class Neighbors(Result):
 
     def thumbnails(self, size: int = 64) -> Tensor:
         """`[Q, k, 3, size, size]` uint8: small pictures of the neighbours."""
-        return self.found.thumbnails(size).unflatten(0, (len(self), self.k))
+        small = self.found.thumbnails(size)
+        return small.view(len(self), self.k, *small.shape[1:])
 
     def query_thumbnails(self, size: int = 64) -> Tensor:
         """`[Q, 3, size, size]` uint8: small pictures of the queries."""

@@ -114,7 +114,7 @@ def _ramp() -> list[str]:
 
 def _short_names(names: Sequence[str]) -> list[str]:
     """Without the folder that all of them are in."""
-    folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
+    folder = os.path.commonpath([Path(name).parent for name in names])
     return [os.path.relpath(name, folder) if folder else name for name in names]
 
 
@@ -157,10 +157,11 @@ def _sheets(found: Embedding, room: float, report: Report) -> _Sheets:
     size, count = _affordable(found, order[:PILOT].sort().values, room)
     rows = torch.arange(len(found)) if count == len(found) else order[:count].sort().values
     across = min(SHEET // size, math.ceil(math.sqrt(len(rows))))
-    parts, texts, done = rows.split(across**2), [], 0
-    for part in parts:
-        texts.append(_sheet(found.thumbnails(size, part, progress=lambda n, _, done=done: report(done + n, len(rows))), across))
-        done += len(part)
+    texts = []
+    for start in range(0, len(rows), across**2):
+        tiles = found.thumbnails(size, rows[start : start + across**2])
+        texts.append(_sheet(tiles, across))
+        report(start + len(tiles), len(rows))
     return _Sheets(tuple(texts), size, across, None if count == len(found) else rows)
 
 

@@ -139,7 +139,11 @@ def _legend(drawing: Any, axes: Any, shown: Column) -> None:
 def _title(found: Embedding, pictured: int | None = None) -> str:
     trust = found.diagnostics.get("trustworthiness")
     said = "" if trust is None else f", trustworthiness {trust:.3f}"
-    shown = "" if pictured is None or pictured == len(found) else f"\npictures of {pictured:,}, as many as do not hide each other"
+    shown = (
+        ""
+        if pictured is None or pictured == len(found)
+        else f"\npictures of {pictured:,}, as many as do not hide each other"
+    )
     return plots.escaped(f"{len(found):,} images at {found.layer}, {found.method}{said}{shown}")
 
 
@@ -163,9 +167,7 @@ def _pictures(drawing: Any, axes: Any, found: Embedding, size: int, tints: Tenso
         whole = canvas[:, top - FRAME : top + size + FRAME, left - FRAME : left + size + FRAME]
         whole[:3], whole[3] = tints[row][:, None, None], 1.0
         canvas[:3, top : top + size, left : left + size] = picture
-    corners = axes.transData.inverted().transform(
-        [(box.x0 - edge, box.y0 - edge), (box.x1 + edge, box.y1 + edge)]
-    )
+    corners = axes.transData.inverted().transform([(box.x0 - edge, box.y0 - edge), (box.x1 + edge, box.y1 + edge)])
     limits = axes.get_xlim(), axes.get_ylim()
     extent = (corners[0, 0], corners[1, 0], corners[0, 1], corners[1, 1])
     axes.imshow(canvas.permute(1, 2, 0).numpy(), extent=extent, aspect="auto", zorder=3, clip_on=False)

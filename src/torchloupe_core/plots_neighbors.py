@@ -58,9 +58,7 @@ def _draw_neighbors(
     return drawing, axes
 
 
-def _neighbors(
-    axes: Any, canvas: Tensor, shown: Neighbors, count: int, tops: list[int], left: int, size: int
-) -> None:
+def _neighbors(axes: Any, canvas: Tensor, shown: Neighbors, count: int, tops: list[int], left: int, size: int) -> None:
     for row, pictures in enumerate(shown.thumbnails(size)):
         for place, picture in enumerate(pictures[:count]):
             x, own, label = left + place * (size + GAP), int(shown.query_labels[row]), int(shown.labels[row, place])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Query:
         excludes = numbers is not None if exclude_self is None else exclude_self
         return cls(_listed(given) if numbers is None else None, numbers, excludes)
 
-    def rows(self, indices: Sequence[int], skipped: dict[int, str]) -> list[int]:
+    def rows(self, indices: Sequence[int], skipped: Mapping[int, str]) -> list[int]:
         """Where among the indices of a data set the numbers are. Raises `BadInput` for one that is not there."""
         places = {index: row for row, index in enumerate(indices)}
         for number in self.numbers or ():

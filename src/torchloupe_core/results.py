@@ -39,8 +39,11 @@ Box = tuple[int, int, int, int]
 # Kinds that live in files of their own, read when one of them is opened.
 _HOMES = {
     "Activations": "torchloupe_core.activations",
+    "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
+    "Grid": "torchloupe_core.evengrid",
+    "Neighbors": "torchloupe_core.neighbors",
 }
 
 _UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)

@@ -51,10 +51,12 @@ def in_features(
     """The nearest images by their features. leave_out: for each query the row of `data` that does not count, or -1."""
     if queries.vectors.shape[1] != data.vectors.shape[1]:
         own, other = queries.vectors.shape[1], data.vectors.shape[1]
-        raise BadInput(f"queries have {own} features and the data set {other}; they come from different layers or models")
+        raise BadInput(
+            f"queries have {own} features and the data set {other}; they come from different layers or models"
+        )
+    diagnostics: dict[str, Any] = {}
     if approximate is None:
         rows, distances = _exact(queries, data, k, metric, leave_out)
-        diagnostics = {}
     else:
         rows, distances, diagnostics = _approximate(approximate, queries, data, k, metric, leave_out)
     every = rows.flatten().tolist()
@@ -63,9 +65,7 @@ def in_features(
     return Hits(data.indices[rows], distances, labels, names, data.classes, len(data), failures, diagnostics)
 
 
-def _exact(
-    queries: FeatureSet, data: FeatureSet, k: int, metric: Metric, leave_out: Tensor
-) -> tuple[Tensor, Tensor]:
+def _exact(queries: FeatureSet, data: FeatureSet, k: int, metric: Metric, leave_out: Tensor) -> tuple[Tensor, Tensor]:
     search = Nearest(queries.vectors, k, metric, leave_out)
     search.update(data.vectors, torch.arange(len(data)), data.lengths)
     return search.compute()
@@ -158,7 +158,9 @@ def _pixels(
                 own = "pixels " + "x".join(map(str, inputs.shape))
                 size = size or own
                 if own != size:
-                    raise BadInput(f"images are compared in pixels at one size; {data.name(one.index)} is {own}, not {size}")
+                    raise BadInput(
+                        f"images are compared in pixels at one size; {data.name(one.index)} is {own}, not {size}"
+                    )
             if good and size:
                 indices_seen = torch.tensor([one.index for one, _ in good])
                 labels = torch.tensor([-1 if one.label is None else one.label for one, _ in good])

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from torchloupe_core.dataset import DataSet, batches
-from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.errors import BadInput
 from torchloupe_core.images import open_picture
 from torchloupe_core.spec import Spec
 
@@ -52,7 +52,7 @@ def thumbnails(found: Pictured, rows: Tensor, size: int, report: Callable[[int, 
     elif found.names is not None:
         reading = _from_files([found.names[row] for row in rows.tolist()], size)
     else:
-        raise NotApplicable(
+        raise BadInput(
             "the images of this result are not at hand: they were no files; "
             "with_pictures() before saving keeps small ones with it"
         )

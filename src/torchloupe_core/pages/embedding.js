@@ -60,14 +60,15 @@
 
   // What is seen: unit coordinates times scale, plus the place of the origin, in CSS pixels.
   const view = { scale: 1, x: 0, y: 0 };
-  let width = 0, height = 0, fitted = 1, chosen = 0, only = -1, pointed = -1, pinned = false, asked = false;
+  let width = 0, height = 0, fitted = 1, chosen = 0, only = -1, pointed = -1, pinned = false, asked = false, untouched = true;
   const sx = (i) => xs[i] * view.scale + view.x, sy = (i) => ys[i] * view.scale + view.y;
   function fit() {
     const spanX = facts.span[0], spanY = facts.span[1];
+    untouched = true;
     fitted = view.scale = 0.94 * Math.min(width / spanX, height / spanY);
     view.x = (width - spanX * view.scale) / 2;
     view.y = (height + spanY * view.scale) / 2 - view.scale;
-    draw();
+    draw(); show();
   }
   function resize() {
     const box = stage.getBoundingClientRect(), dense = window.devicePixelRatio || 1, first = !width;
@@ -75,7 +76,7 @@
     [width, height] = [Math.max(1, box.width), Math.max(1, box.height)];
     plot.width = Math.round(width * dense); plot.height = Math.round(height * dense);
     pen.setTransform(dense, 0, 0, dense, 0, 0);
-    if (first) return fit();
+    if (first || untouched) return fit();
     view.x = width / 2 - middle[0] * view.scale; view.y = height / 2 - middle[1] * view.scale;
     draw();
   }
@@ -122,7 +123,7 @@
       places.forEach((list, colour) => {
         pen.globalAlpha = only >= 0 && only !== colour ? 0.08 : 0.82;
         pen.fillStyle = colours[colour];
-        if (dot < 2.2) {
+        if (list.length > 4000 || dot < 1.3) {
           for (let k = 0; k < list.length; k += 2) pen.fillRect(list[k] - dot, list[k + 1] - dot, 2 * dot, 2 * dot);
           return;
         }
@@ -152,8 +153,8 @@
 
   let names = null;
   function show() {
-    card.hidden = pointed < 0;
-    if (pointed < 0) return;
+    card.hidden = pointed < 0 || sx(pointed) < 0 || sy(pointed) < 0 || sx(pointed) > width || sy(pointed) > height;
+    if (card.hidden) return;
     names ||= JSON.parse(text("names"));
     const small = card.querySelector("canvas"), brush = small.getContext("2d");
     brush.imageSmoothingEnabled = facts.sheets.size >= 96;
@@ -179,12 +180,13 @@
     });
     return best;
   }
-  function zoom(factor, x = width / 2, y = height / 2) {
+  function zoom(factor, x = pinned ? sx(pointed) : width / 2, y = pinned ? sy(pointed) : height / 2) {
+    untouched = false;
     const scale = Math.min(fitted * 4000, Math.max(fitted * 0.5, view.scale * factor)), ratio = scale / view.scale;
     view.x = x - (x - view.x) * ratio; view.y = y - (y - view.y) * ratio; view.scale = scale;
     draw(); show();
   }
-  function move(dx, dy) { view.x += dx; view.y += dy; draw(); show(); }
+  function move(dx, dy) { untouched = false; view.x += dx; view.y += dy; draw(); show(); }
 
   // Mouse, pen and fingers: one drags, two pinch, a tap or click keeps the image under it.
   const down = new Map();
