@@ -134,8 +134,7 @@ def default_layer(handle: Handle, data: DataSet) -> str:
 
 
 def _first_shape(data: DataSet) -> Shape:
-    order = range(1) if data.order is None else data.order
-    first = next((one.inputs for one in map(data.read, order) if one.inputs is not None), None)
+    first = next((one.inputs for one in data.samples() if one.inputs is not None), None)
     if first is None:
         raise BadInput("no image could be read, so the layer before the classifier is not known; name layer=")
     channels, height, width = first.shape

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchloupe_core import plots
+from torchloupe_core import mosaic, plots
 from torchloupe_core.columns import Column, ColumnLike, column, labels_column
 from torchloupe_core.embedding import Embedding
 from torchloupe_core.errors import BadInput
@@ -132,7 +132,7 @@ def _legend(drawing: Any, axes: Any, shown: Column) -> None:
     kinds = [(kind, PALETTE[code % KINDS]) for code, kind in enumerate(shown.kinds)]
     unknown = [("unknown", UNKNOWN)] if bool((shown.codes < 0).any()) else []
     nowhere = [[] for _ in range(3 if axes.name == "3d" else 2)]  # type: list[list[float]]
-    marks = [axes.scatter(*nowhere, s=28, color=colour, label=_short(kind)) for kind, colour in [*kinds, *unknown]]
+    marks = [axes.scatter(*nowhere, s=28, color=colour, label=mosaic.short(kind, 22)) for kind, colour in [*kinds, *unknown]]
     drawing.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
 
 
@@ -145,10 +145,6 @@ def _title(found: Embedding, pictured: int | None = None) -> str:
         else f"\npictures of {pictured:,}, as many as do not hide each other"
     )
     return plots.escaped(f"{len(found):,} images at {found.layer}, {found.method}{said}{shown}")
-
-
-def _short(text: str, most: int = 22) -> str:
-    return plots.escaped(text if len(text) <= most else text[: most - 1] + "…")
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchloupe_core import plots
+from torchloupe_core import mosaic, plots
 from torchloupe_core.errors import BadInput
 from torchloupe_core.neighbors import Neighbors
 
 __all__: list[str] = []
 
 DPI = 100
+LEFT = 8  # pixels before the queries
 MOST_ROWS, MOST_COLUMNS = 12, 10
 SIZE, GAP, LABEL, TITLE, APART = 72, 8, 26, 58, 26  # pixels: a picture, between, below one, above all, between sides
 SAME, OTHER, NEUTRAL = (0.10, 0.50, 0.27), (0.70, 0.15, 0.12), (0.80, 0.82, 0.85)
@@ -38,23 +40,23 @@ def _draw_neighbors(
         raise BadInput("two searches are drawn side by side for the same queries; these have others")
     rows, columns = min(len(found), most), [min(side.k, MOST_COLUMNS) for side in sides]
     step = size + GAP
-    across = step + sum(APART + count * step for count in columns)
+    across = LEFT + step + sum(APART + count * step for count in columns)
     width, height = max(across, 460), TITLE + rows * (size + LABEL)
     canvas = torch.ones(3, height, width)
     drawing = new_figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = drawing.add_axes((0, 0, 1, 1))
     tops = [TITLE + row * (size + LABEL) for row in range(rows)]
     for row, picture in enumerate(_first(found, rows).query_thumbnails(size)):
-        _paste(canvas, picture, tops[row], 2, NEUTRAL)
-        _say(axes, 2, tops[row] + size + 3, _label(found, int(found.query_labels[row])) or found.queries.name(row))
-    left = 2 + step + APART
+        _paste(canvas, picture, tops[row], LEFT, NEUTRAL)
+        _say(axes, LEFT, tops[row] + size + 3, _label(found, int(found.query_labels[row])) or found.queries.name(row))
+    left = LEFT + step + APART
     for side, count in zip(sides, columns, strict=True):
         _say(axes, left, 28, _heading(side), size=8)
         _neighbors(axes, canvas, _first(side, rows), count, tops, left, size)
         left += count * step + APART
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    _say(axes, 4, 6, _title(found, rows), size=8.5)
+    _say(axes, LEFT, 6, _title(found, rows), size=8.5)
     return drawing, axes
 
 
@@ -71,8 +73,6 @@ def _neighbors(axes: Any, canvas: Tensor, shown: Neighbors, count: int, tops: li
 
 def _first(found: Neighbors, rows: int) -> Neighbors:
     """The first queries alone, so that no other picture is read."""
-    from dataclasses import replace
-
     count = rows * found.k
     cut: dict[str, Any] = {
         name: getattr(found, name)[:rows]
@@ -89,10 +89,8 @@ def _paste(canvas: Tensor, picture: Tensor, top: int, left: int, colour: tuple[f
     canvas[:, top : top + size, left : left + size] = picture / 255
 
 
-def _say(axes: Any, x: int, y: int, text: str, size: float = 6.5) -> None:
-    room = 15 if size < 7 else 200
-    text = text if len(text) <= room else text[: room - 1] + "…"
-    axes.text(x - 2, y, plots.escaped(text), fontsize=size, ha="left", va="top")
+def _say(axes: Any, x: int, y: int, text: str, size: float = 6.0) -> None:
+    axes.text(x - 2, y, mosaic.short(text, 15 if size < 7 else 120), fontsize=size, ha="left", va="top")
 
 
 def _label(found: Neighbors, label: int) -> str:
