@@ -119,7 +119,7 @@ def test_very_small_and_very_large_numbers(metric: Metric, size: float) -> None:
         assert numbers[row].tolist() == [number for _, number in loop(query, vectors, metric)[:4]]
 
 
-def test_many_dimensions_are_multiplied_in_double_precision() -> None:
+def test_many_dimensions() -> None:
     generator = torch.Generator().manual_seed(5)
     vectors = torch.rand(40, nearest.LONG + 1, generator=generator)
     numbers, _ = searched(vectors[:2], vectors, 3, "cosine")
