@@ -91,7 +91,7 @@ def _points(points: Tensor) -> tuple[NDArray[np.uint16], tuple[float, float]]:
     """`[N, 2]` in 65535ths of the longer side, and how far they reach along each."""
     points = points.double()
     low, reach = points.amin(0), (points.amax(0) - points.amin(0))
-    longer = float(reach.max())
+    longer = float(reach.max()) or 1.0  # a single point
     unit = (points - low) / longer
     spans = (reach / longer).clamp(min=0.01).tolist()
     return (unit * 65535).round().numpy().astype(np.uint16), (spans[0], spans[1])
