@@ -34,7 +34,7 @@ def tsne(
     try:
         from openTSNE import TSNE
     except ImportError as error:
-        raise MissingDependency("openTSNE is not installed; pip install openTSNE") from error
+        raise MissingDependency.of("openTSNE", "opentsne") from error
     used = perplexity if perplexity is not None else min(PERPLEXITY, (count - 1) / 3)
     layout = TSNE(
         n_components=dims,
