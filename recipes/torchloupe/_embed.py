@@ -96,8 +96,11 @@ def _require_pca(way: Method, pca: int | None, dims: int) -> None:
 
 def _require_different(found: FeatureSet) -> None:
     if bool((found.vectors == found.vectors[0]).all()):
-        what = "the only image" if len(found) == 1 else f"all {len(found)} images"
-        raise BadInput(f"{what} of the data set has the same features at {found.layer!r}, so nothing can be laid out")
+        if len(found) == 1:
+            raise BadInput("the data set holds a single image, so there is nothing to lay out")
+        raise BadInput(
+            f"all {len(found)} images have the same features at {found.layer!r}; there is nothing to lay out"
+        )
 
 
 def _placed(

@@ -132,7 +132,9 @@ def _legend(drawing: Any, axes: Any, shown: Column) -> None:
     kinds = [(kind, PALETTE[code % KINDS]) for code, kind in enumerate(shown.kinds)]
     unknown = [("unknown", UNKNOWN)] if bool((shown.codes < 0).any()) else []
     nowhere = [[] for _ in range(3 if axes.name == "3d" else 2)]  # type: list[list[float]]
-    marks = [axes.scatter(*nowhere, s=28, color=colour, label=mosaic.short(kind, 22)) for kind, colour in [*kinds, *unknown]]
+    marks = [
+        axes.scatter(*nowhere, s=28, color=colour, label=mosaic.short(kind, 22)) for kind, colour in [*kinds, *unknown]
+    ]
     drawing.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
 
 

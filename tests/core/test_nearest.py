@@ -1,4 +1,4 @@
-"""The exact search: against a loop in double precision, where rounding in single precision misleads, and at its edges."""
+"""The exact search: against a loop in double precision, where single precision misleads, and at its edges."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ def array(page: str, name: str, kind: str) -> Any:
 def found() -> Embedding:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(30, 2, generator=generator) * torch.tensor([4.0, 1.0])
-    pictures = torch.randint(0, 255, (30, 3, 1, 1), generator=generator, dtype=torch.uint8).expand(30, 3, 32, 32).clone()
+    pictures = (
+        torch.randint(0, 255, (30, 3, 1, 1), generator=generator, dtype=torch.uint8).expand(30, 3, 32, 32).clone()
+    )
     names = tuple(f"/photos/{'ant' if n % 2 else 'bee'}/{n}.jpg" for n in range(30))
     labels = torch.arange(30) % 3 - 1
     return embedding(points, labels=labels, classes=("ant", "bee"), names=names, pictures=pictures)

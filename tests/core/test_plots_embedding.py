@@ -70,7 +70,7 @@ def test_what_to_colour_by(found: Embedding) -> None:
     assert len(bare.figure().axes) == 1 and not bare.figure().legends
     with pytest.raises(BadInput, match="no labels"):
         bare.figure(by="label")
-    with pytest.raises(BadInput, match='by is "label", a value for each of the 40 points, or None; got \'loss\''):
+    with pytest.raises(BadInput, match="by is \"label\", a value for each of the 40 points, or None; got 'loss'"):
         found.figure(by="loss")
     with pytest.raises(BadInput, match="one value for each of the 40"):
         found.figure(by=[1, 2])
@@ -105,7 +105,11 @@ def test_pictures_stand_at_their_points_and_do_not_hide_each_other(found: Embedd
         down = (top - y) / (top - bottom) * height
         value = canvas[int(down), int(across)]
         hits += bool(value[3] == 1 and abs(value[0] * 255 - row) < 0.5)
-    shown = 40 if "pictures of" not in figure.get_suptitle() else int(figure.get_suptitle().split("pictures of ")[1].split(",")[0])
+    shown = (
+        40
+        if "pictures of" not in figure.get_suptitle()
+        else int(figure.get_suptitle().split("pictures of ")[1].split(",")[0])
+    )
     assert 10 < shown <= 40 and hits >= shown * 0.8  # the middle of some lies under another
 
 

@@ -31,7 +31,9 @@ def test_they_are_what_the_model_was_shown() -> None:
     inputs = (shown - 0.5) / 0.25
     assert torch.equal(small(inputs, SPEC, 16), (shown * 255).round().byte())
     halved = small(inputs, SPEC, 8)
-    torch.testing.assert_close(halved.float(), torch.nn.functional.avg_pool2d(shown[None] * 255, 2)[0], atol=1.5, rtol=0)
+    torch.testing.assert_close(
+        halved.float(), torch.nn.functional.avg_pool2d(shown[None] * 255, 2)[0], atol=1.5, rtol=0
+    )
     assert torch.equal(small(inputs, SPEC, 32)[:, ::2, 1::2], (shown * 255).round().byte())  # by whole pixels
 
 
