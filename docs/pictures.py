@@ -1,4 +1,4 @@
-"""Draws the README's pictures: six methods on four scenes of the embedded model, and the patches that drive its units.
+"""Draws the README's pictures: six methods on four scenes of the embedded model, patches, and an even grid of scenes.
 
 python docs/pictures.py
 """
@@ -25,9 +25,10 @@ UNITS = ("layer1:3", "layer2:9", "layer3:5", "layer3:9", "layer4:17")
 
 
 def main() -> None:
-    """Writes `methods.png` and `examples.png` beside this file."""
+    """Writes `methods.png`, `examples.png` and `grid.png` beside this file."""
     methods()
     examples()
+    grid()
 
 
 def methods() -> None:
@@ -54,6 +55,12 @@ def examples() -> None:
     """One row a unit."""
     found = tl.examples("demo", tl.demo_scenes(300, seed=3), list(UNITS))
     found.figure().savefig(Path(__file__).with_name("examples.png"), dpi=100)
+
+
+def grid() -> None:
+    """300 scenes where t-SNE of the model's features puts them, one in each cell."""
+    found = tl.embed("demo", tl.demo_scenes(300, seed=5), method="tsne")
+    found.grid(shape=(12, 25)).figure(size=40).savefig(Path(__file__).with_name("grid.png"), dpi=100)
 
 
 if __name__ == "__main__":

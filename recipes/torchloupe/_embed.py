@@ -48,8 +48,9 @@ def embed(
 
     dataset: of any kind, or its `tl.features`, which need no model (None). layer: as in `features`. method: "umap"
     compiles for some seconds at its first use in a process. dims: 2 or 3. pca: so many principal components are laid
-    out instead of the features, with "tsne" and "umap" only; it saves time where a layer has thousands of channels, and
-    loses what the components leave out, so it is off unless given. options: of the method; where there are few images,
+    out instead of the features. Off unless given: with 50 of 12,288 features "umap" took a quarter of the time at
+    slightly higher trustworthiness, with 50 of 2,048 neither changed; `.diagnostics` says which share of the variance
+    they hold. options: of the method; where there are few images,
     neighbours and perplexity are as many as there can be, as `.diagnostics` says. Equal images stay separate points.
     Raises `BadInput` for fewer images than a method can lay out, and where all images have the same features.
     """

@@ -127,7 +127,7 @@ def test_wheel_drag_and_buttons(show: Any, corners: Path) -> None:
     page = show(corners).page
     x, y = places(page)[3]
     page.mouse.move(x, y)
-    for _ in range(6):
+    for _ in range(3):
         page.mouse.wheel(0, -300)  # what is under the pointer stays there
     page.mouse.move(x + 40, y)
     page.mouse.move(x, y)

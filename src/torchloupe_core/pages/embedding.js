@@ -157,7 +157,6 @@
     if (card.hidden) return;
     names ||= JSON.parse(text("names"));
     const small = card.querySelector("canvas"), brush = small.getContext("2d");
-    brush.imageSmoothingEnabled = facts.sheets.size >= 96;
     small.hidden = !picture(brush, pointed, 0, 0, 128);
     const title = typeof names[pointed] === "number" ? "image " + names[pointed] : names[pointed];
     card.querySelector("b").textContent = title;
