@@ -3,8 +3,8 @@
     python benchmarks/embed.py             every row, about 2 minutes
     python benchmarks/embed.py nearest     the rows whose name begins so
 
-Medians of seconds on one core; the page's are from the beginning of its load until its points are drawn, as the page
-itself takes them, in headless Chromium, each time in a fresh context.
+Medians of seconds of one core's time; the page's are by the clock, from the beginning of its load until its points are
+drawn, as the page itself takes them, in headless Chromium, each time in a fresh context.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def _median(work: Callable[[], object], rounds: int = 9) -> float:
     work()
     times = []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun = time.process_time()
         work()
-        times.append(time.perf_counter() - begun)
+        times.append(time.process_time() - begun)
     return statistics.median(times)
 
 

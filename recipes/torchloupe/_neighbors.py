@@ -120,8 +120,12 @@ def _by_features(
     approximate: Approximate | None,
 ) -> Found:
     data = gather(dataset, layer)
-    own = asked.rows(data.indices.tolist(), data.skipped)
-    queries = data.some(own) if asked.numbers is not None else gather(asked.images, data.layer)
+    own: list[int] = []
+    if asked.numbers is not None:
+        own = asked.rows(data.indices.tolist(), data.skipped)
+        queries = data.some(own)
+    else:
+        queries = gather(asked.images, data.layer)
     leave_out = asked.left_out(queries, data.names, own)
     return queries, in_features(queries, data, k, metric, leave_out, approximate), data.data
 

@@ -121,10 +121,11 @@ class Nearest:
 
     def _wide(self, lengths: Tensor) -> bool:
         """Whether single precision would not do."""
-        every = torch.cat([lengths, self.lengths])
-        every = every[every > 0]
-        moderate = not len(every) or (MODERATE[0] <= float(every.min()) and float(every.max()) <= MODERATE[1])
-        return self.queries.shape[1] > LONG or not moderate
+        if self.queries.shape[1] > LONG:
+            return True
+        both = (lengths, self.lengths)
+        least = min(float(one.where(one > 0, torch.inf).min()) for one in both)
+        return least < MODERATE[0] or max(float(one.max()) for one in both) > MODERATE[1]
 
 
 def apart(queries: Tensor, vectors: Tensor, rows: Tensor, columns: Tensor, metric: Metric) -> Tensor:
