@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from stored_scans import IMAGES, blocks, ended, forked, inputs, killed, model, require_same, scanned, several
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import torchloupe as tl
+from stored_scans import IMAGES, blocks, ended, forked, inputs, killed, model, require_same, scanned, several
 from torchloupe_core import filling
 from torchloupe_core.checks.snapshot import Snapshot
 from torchloupe_core.dataset import open_data
@@ -472,3 +472,17 @@ def test_without_sizes_they_are_chosen_once(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "blocks/00000000.npz").unlink()
     scan_stored(handle, data, {"relu1": [Moments()]}, store=tmp_path)
     assert Store.open(tmp_path).computing == sizes
+
+
+def test_every_run_computes_in_as_many_threads(tmp_path: Path) -> None:
+    """Sums that are split otherwise round otherwise."""
+    handle, seen, before = model(), set[int](), torch.get_num_threads()
+    scanned(tmp_path, handle, inputs())
+    (tmp_path / "blocks/00000004.npz").unlink()
+    torch.set_num_threads(before + 1)
+    try:
+        scanned(tmp_path, handle, inputs(), progress=lambda done, total: seen.add(torch.get_num_threads()))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {before} == {Store.open(tmp_path).computing["threads"]}
