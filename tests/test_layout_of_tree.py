@@ -37,11 +37,16 @@ HOMES = {
     "scipy": {"torchloupe_adapters/scipy.py"},
     "tqdm": {"torchloupe_adapters/tqdm.py"},
     "safetensors": {"torchloupe_adapters/checkpoint.py"},
+    "lancedb": {"torchloupe_adapters/lancedb.py"},
+    "pyarrow": {"torchloupe_adapters/lancedb.py"},  # its tables
+    "ray": {"torchloupe_adapters/ray.py"},
     "jinja2": {"torchloupe_adapters/jinja2.py"},
     "click": {
         "torchloupe/cli.py",
         "torchloupe/cli_embedding.py",
         "torchloupe/cli_looking.py",
+        "torchloupe/cli_options.py",
+        "torchloupe/cli_scan.py",
         "torchloupe_adapters/demo/train.py",
     },  # each a command of its own
     "matplotlib": {"torchloupe_core/plots.py"},

@@ -43,6 +43,8 @@ METHODS = {
     ("explain", "sobol"): "torchloupe_core.methods.sobol",
     ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
+    ("engine", "ray.data"): "torchloupe_adapters.ray",
+    ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",
@@ -59,6 +61,7 @@ METHODS = {
 
 SHORT_NAMES = {
     "explain": {name: f"captum.{name}" for name in _CAPTUM},
+    "engine": {"ray": "ray.data"},
     "embed": {"pca": "sklearn.pca", "tsne": "sklearn.tsne", "umap": "umap.umap"},
 }
 

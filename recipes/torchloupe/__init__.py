@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
+    from torchloupe._scan import scan
     from torchloupe._tables import methods
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
     from torchloupe_core.results import open_result as open
+    from torchloupe_core.scans import Scan
     from torchloupe_core.spec import Spec
     from torchloupe_core.targets import (
         Target,
@@ -71,6 +73,7 @@ __all__ = [
     "Layout",
     "Neighbors",
     "ReceptiveField",
+    "Scan",
     "Spec",
     "Target",
     "activations",
@@ -96,6 +99,7 @@ __all__ = [
     "prob",
     "receptive_field",
     "region",
+    "scan",
     "sigmoid",
     "similarity",
     "target",
@@ -116,6 +120,7 @@ _HOMES = {
     "Layout": "torchloupe_core.layout",
     "Neighbors": "torchloupe_core.neighbors",
     "ReceptiveField": "torchloupe_core.receptive",
+    "Scan": "torchloupe_core.scans",
     "Spec": "torchloupe_core.spec",
     "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
@@ -130,6 +135,7 @@ _HOMES = {
     "neighbors": "torchloupe._neighbors",
     "open": "torchloupe_core.results:open_result",
     "receptive_field": "torchloupe._receptive",
+    "scan": "torchloupe._scan",
     "target": f"{_TARGETS}:parse",
     "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,9 @@ def embed(
     dims: int = 2,
     seed: int = 0,
     pca: int | None = None,
+    store: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    resume: bool = True,
     batch_size: int | None = None,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
@@ -46,7 +50,8 @@ def embed(
 ) -> Embedding:
     """Every image as a point, near the images that the model sees alike, by one of `tl.methods("embed")`.
 
-    dataset: of any kind, or its `tl.features`, which need no model (None). layer: as in `features`. method: "umap"
+    dataset: of any kind, or its `tl.features` or a store of them, which need no model (None). layer, store, engine,
+    resume: as in `features`. method: "umap"
     compiles for some seconds at its first use in a process. dims: 2 or 3. pca: so many principal components are laid
     out instead of the features. Off unless given: with 50 of 12,288 features "umap" took a quarter of the time at
     slightly higher trustworthiness, with 50 of 2,048 neither changed; `.diagnostics` says which share of the variance
@@ -61,7 +66,8 @@ def embed(
     _require_pca(way, pca, dims)
     begun, handle = time.perf_counter(), handle_of(model, device, dtype)
     forwards = 0 if handle is None else handle.forwards
-    facts = {"batch_size": batch_size, "workers": workers, "autocast": autocast, "skip_failures": skip_failures}
+    facts: dict[str, Any] = {"store": store, "engine": engine, "resume": resume}
+    facts |= {"batch_size": batch_size, "workers": workers, "autocast": autocast, "skip_failures": skip_failures}
     found = gathered(handle, dataset, layer, progress=progress, **facts)
     _require_different(found)
     with progress_bar(f"{way.name}: {way.cost}", " steps", progress, delay=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torchloupe_core.dataset import open_data
 from torchloupe_core.errors import BadInput
 from torchloupe_core.examples import Examples
 from torchloupe_core.methods.patches import Band, Crop, placed, search
+from torchloupe_core.store import is_store
 from torchloupe_core.targets import TargetLike
 
 __all__ = ["examples"]
@@ -31,6 +33,9 @@ def examples(
     per_image: int = 1,
     without_gates: bool = False,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    resume: bool = True,
     batch_size: int | None = None,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
@@ -51,8 +56,10 @@ def examples(
     largest values) of up to 2,048 images, drawn with `seed`.
 
     without_gates: cut what is read beside gates that see the whole map, as attention and squeeze-excite. workers,
-    autocast, skip_failures: as in `scan`. Where the data set has fewer images than k there are fewer columns. Raises
-    `NotApplicable` for a layer of one position with crop="patch", `BadInput` if no image can be read.
+    autocast, skip_failures, store, engine, resume: as in `scan`. A store in place of the data set needs no forward pass
+    where it holds what is asked: bands "max" and "min" of its layers, up to its k. Where the data set has fewer images
+    than k there are fewer columns. Raises `NotApplicable` for a layer of one position with crop="patch", `BadInput` if
+    no image can be read.
     """
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"batch_size is at least 1; got {batch_size}")
@@ -62,6 +69,7 @@ def examples(
         raise BadInput("no target was given")
     begun, forwards = time.perf_counter(), handle.forwards
     data = open_data(dataset, handle.spec)
+    store = dataset if store is None and is_store(dataset) else store
     with progress_bar("examples", "images", progress) as report:
         found = search(
             handle,
@@ -72,6 +80,9 @@ def examples(
             band=band,
             per_image=per_image,
             seed=seed,
+            store=store,
+            engine=engine,
+            resume=resume,
             batch_size=batch_size,
             workers=workers,
             autocast=autocast,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,9 @@ def neighbors(
     exclude_self: bool | None = None,
     approximate: bool = False,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    resume: bool = True,
     batch_size: int | None = None,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
@@ -51,13 +55,16 @@ def neighbors(
     """The k images of a data set nearest to each query, in the features of a layer or in pixels.
 
     query: images of any kind, `tl.features` of them, or numbers of images of the data set, as `3` or `range(10)`.
-    dataset: of any kind, or its `tl.features`. layer: as in `features`. k: all there are, where there are fewer.
-    space: "pixels" compares what the model is shown, in [0, 1], and reads the images once without keeping them. metric:
-    "cosine" for 1 - cos, or "l2". exclude_self: leaves out the query where it is in the data set itself, by number or
-    by file; queries by number are left out unless told otherwise. The search is exact; approximate: by a graph of
-    neighbours, sooner for many queries of a large data set, and it measures which share of the true ones it found.
+    dataset: of any kind, or its `tl.features` or a store of them. layer, store, engine, resume: as in `features`; the
+    store is of the data set. k: all there are, where there are fewer. space: "pixels" compares what the model is shown,
+    in [0, 1], and reads the images once without keeping them. metric: "cosine" for 1 - cos, or "l2". exclude_self:
+    leaves out the query where it is in the data set itself, by number or by file; queries by number are left out unless
+    told otherwise. The search is exact; approximate: by a graph of neighbours, sooner for many queries of a large data
+    set, and it measures which share of the true ones it found.
     """
     _check(space, metric, k, layer, approximate)
+    if space == "pixels" and (store is not None or engine is not None):
+        raise BadInput("a search in pixels keeps nothing and is done here; leave out store= and engine=")
     begun, handle = time.perf_counter(), handle_of(model, device, dtype)
     forwards = 0 if handle is None else handle.forwards
     asked = Query.of(query, exclude_self)
@@ -65,9 +72,10 @@ def neighbors(
     if space == "pixels":
         queries, hits, data = _by_pixels(handle, asked, dataset, k, metric, skip_failures, progress)
     else:
-        gather = partial(gathered, handle, progress=progress, **facts)
+        gather = partial(gathered, handle, progress=progress, **facts)  # type: Callable[..., FeatureSet]
         way = partial(descend, seed=seed) if approximate else None
-        queries, hits, data = _by_features(gather, asked, dataset, layer, k, metric, way)
+        kept: dict[str, Any] = {"store": store, "engine": engine, "resume": resume}
+        queries, hits, data = _by_features(gather, asked, gather(dataset, layer, **kept), k, metric, way)
     if not hits.indices.shape[1]:
         raise BadInput("the data set holds no other image than the query")
     return Neighbors(
@@ -113,13 +121,11 @@ def _check(space: str, metric: str, k: int, layer: object, approximate: bool) ->
 def _by_features(
     gather: Callable[..., FeatureSet],
     asked: Query,
-    dataset: Any,
-    layer: object,
+    data: FeatureSet,
     k: int,
     metric: Metric,
     approximate: Approximate | None,
 ) -> Found:
-    data = gather(dataset, layer)
     own: list[int] = []
     if asked.numbers is not None:
         own = asked.rows(data.indices.tolist(), data.skipped)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchloupe.cli import FILE, _options, _print, _say, main
-from torchloupe.cli_looking import _of_a_model, _opened, _tell, _written
+from torchloupe.cli_looking import _opened, _tell, _written
+from torchloupe.cli_options import kept, of_a_model, source
 
 if TYPE_CHECKING:
     from torchloupe_core.neighbors import Neighbors
@@ -26,7 +27,7 @@ MODEL = click.option("--model", default="demo", show_default=True, help="As in t
 
 
 @main.command(no_args_is_help=True)
-@click.argument("folder", type=FILE)
+@click.argument("folder", required=False, type=FILE)
 @MODEL
 @LAYER
 @click.option(
@@ -40,9 +41,10 @@ MODEL = click.option("--model", default="demo", show_default=True, help="As in t
 @click.option("--page/--no-page", default=True, show_default=True, help="Also a page to look around in.")
 @BATCH
 @WORKERS
-@_of_a_model
+@kept
+@of_a_model
 def embed(
-    folder: Path,
+    folder: Path | None,
     model: str,
     out: Path,
     images: bool,
@@ -52,13 +54,14 @@ def embed(
     as_json: bool,
     progress: bool | None,
     seed: int,
+    store: Path | None,
     **asked: Any,
 ) -> None:
     """Every picture of FOLDER as a point, near those that the model sees alike.
 
-    Subfolders give labels. --out gets embedding.npz, the points, which torchloupe.open reads; embedding.png, a drawing;
-    embedding.html, a page that needs nothing else; with --grid also grid.npz and grid.png. What is there already is
-    replaced. Pictures that cannot be read are reported and left out.
+    FOLDER may be a store that torchloupe scan made. Subfolders give labels. --out gets embedding.npz, the points, which
+    torchloupe.open reads; embedding.png, a drawing; embedding.html, a page that needs nothing else; with --grid also
+    grid.npz and grid.png. What is there already is replaced. Pictures that cannot be read are reported and left out.
 
     \b
     Example:
@@ -69,9 +72,10 @@ def embed(
     from torchloupe_core.results import writable_folder
 
     weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device")}
+    shown, store = source(folder, store)
     writable_folder(out)
     handle = _opened(model, seed=seed, **weights)
-    found = tl.embed(handle, folder, seed=seed, progress=progress, **asked, **options)
+    found = tl.embed(handle, shown, store=store, seed=seed, progress=progress, **asked, **options)
     _report(found.skipped)
     png, npz = _written(found, out / "embedding", images=images)
     facts = {"images": len(found), "layer": found.layer, "method": found.method, **found.diagnostics}
@@ -82,14 +86,14 @@ def embed(
         _tell({"shape": cells.shape, **cells.diagnostics, "png": png, "npz": npz}, f"grid {shape}", png, as_json)
     if page and found.dims == 2:
         with progress_bar("page", " images", progress) as report:
-            path = found.html(out / "embedding.html", title=str(folder), progress=report)
+            path = found.html(out / "embedding.html", title=str(shown), progress=report)
         _tell({"page": path}, "page", path, as_json)
     raise click.exceptions.Exit(1 if found.skipped else 0)
 
 
 @main.command(no_args_is_help=True)
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True, type=FILE)
-@click.option("--data", required=True, type=FILE, help="Folder to search.")
+@click.option("--data", type=FILE, help="Folder to search, or a store that torchloupe scan made.")
 @MODEL
 @LAYER
 @click.option("--k", type=click.IntRange(min=1), default=5, show_default=True, help="How many neighbours.")
@@ -99,10 +103,11 @@ def embed(
 @click.option("--approximate", is_flag=True, help="Sooner for many queries; measures what it misses.")
 @BATCH
 @WORKERS
-@_of_a_model
+@kept
+@of_a_model
 def neighbors(
     queries: tuple[Path, ...],
-    data: Path,
+    data: Path | None,
     model: str,
     out: Path,
     layer: str | None,
@@ -111,6 +116,9 @@ def neighbors(
     progress: bool | None,
     approximate: bool,
     seed: int,
+    store: Path | None,
+    resume: bool,
+    engine: str | None,
     **asked: Any,
 ) -> None:
     """The pictures of a folder most like each QUERY.
@@ -129,18 +137,20 @@ def neighbors(
 
     weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device")}
     pictures = [str(path) for path in named(queries, out).values()]
+    where, store = source(data, store)
     writable_folder(out)
     handle = _opened(model, seed=seed, **weights)
     facts: dict[str, Any] = {"seed": seed, "progress": progress, **asked}
     found = []
     if space != "pixels":
-        one = tl.neighbors(handle, pictures, str(data), layer=layer, approximate=approximate, **facts)
+        lasting: dict[str, Any] = {"store": store, "resume": resume, "engine": engine}
+        one = tl.neighbors(handle, pictures, where, layer=layer, approximate=approximate, **lasting, **facts)
         found.append(one)
     if space != "features":
         own: dict[str, Any] = (
             {} if space == "both" else {"layer": layer, "approximate": approximate}
         )  # refused where they mean nothing
-        found.append(tl.neighbors(handle, pictures, str(data), space="pixels", **own, **facts))
+        found.append(tl.neighbors(handle, pictures, where, space="pixels", **own, **facts))
     first, beside = found[0], found[1] if len(found) > 1 else None
     _report({name: why for each in found for name, why in each.skipped.items()})
     png, npz = _written(first, out / "neighbors", beside=beside)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchloupe.cli import FILE, SEED, _load, _print, _say, main
+from torchloupe.cli import FILE, _load, _print, _say, main
+from torchloupe.cli_options import kept, of_a_model, searched
 from torchloupe_core.errors import BadInput, LoupeError
 
 if TYPE_CHECKING:
@@ -43,22 +44,6 @@ def _threshold(ctx: click.Context, parameter: click.Parameter, text: str | None)
     raise click.BadParameter(f"{text!r} is no value, as in 0.5, and no quantile, as in 99%")
 
 
-def _of_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which weights a model has and where it runs."""
-    for option in (
-        click.option("--progress/--no-progress", default=None, help="A bar; on a terminal only unless given."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each drawing."),
-        click.option("--device", help="As in cpu or cuda."),
-        click.option("--seed", type=SEED, default=0, show_default=True, help="Of random weights."),
-        click.option("--weights", "pretrained", help="Which pretrained weights, for torchvision, as in IMAGENET1K_V2."),
-        click.option("--no-pretrained", is_flag=True, help="Random weights."),
-        click.option("--checkpoint", type=FILE, help="File of weights, instead of pretrained ones."),
-        click.option("--out", required=True, type=FILE, help="Folder for what is written."),
-    ):
-        command = option(command)
-    return command
-
-
 _channels = click.option("--channels", callback=_numbers, metavar="N,N", help="All of the layer unless given.")
 
 
@@ -74,7 +59,7 @@ def _opened(name: str, no_pretrained: bool, pretrained: str | None, **options: A
 @click.option("--to", help="An earlier layer, or input: weights over its channels, through what lies between.")
 @click.option("--scale", type=click.Choice(["shared", "each"]), default="shared", show_default=True)
 @_channels
-@_of_a_model
+@of_a_model
 def weights(
     model: str,
     layer: str,
@@ -115,7 +100,7 @@ def weights(
 )
 @click.option("--over", type=FILE, help="Folder of pictures that a threshold in percent is taken over.")
 @_channels
-@_of_a_model
+@of_a_model
 def activations(
     images: tuple[Path, ...],
     model: str,
@@ -169,7 +154,7 @@ def activations(
 
 
 @main.command(no_args_is_help=True)
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=FILE)
+@click.argument("images", metavar="[IMAGE...]", nargs=-1, type=FILE)
 @click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
 @click.option(
     "--target", "targets", multiple=True, required=True, help="As in layer4:17, layer4 or logit:dog; several."
@@ -180,7 +165,8 @@ def activations(
 @click.option("--per-image", type=click.IntRange(1), default=1, show_default=True, help="Patches of one image.")
 @click.option("--without-gates", is_flag=True, help="Patches as they are without attention and squeeze-excite.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images.")
-@_of_a_model
+@kept
+@of_a_model
 def examples(
     images: tuple[Path, ...],
     model: str,
@@ -194,25 +180,27 @@ def examples(
     per_image: int,
     without_gates: bool,
     workers: int | None,
+    store: Path | None,
+    resume: bool,
+    engine: str | None,
     seed: int,
     **asked: Any,
 ) -> None:
     """The images among all IMAGEs, or their patches, that drive each TARGET most.
 
-    An IMAGE is a file or a folder. A layer stands for all its channels; one pass answers all targets. For layer4:17,
-    --out gets layer4_17.examples.png, a drawing, and layer4_17.examples.npz, which torchloupe.open reads; what is there
-    already is replaced. A drawing shows the first units of a layer; the .npz holds them all. Pictures that cannot be
-    read are reported and left out.
+    An IMAGE is a file or a folder, or a store that torchloupe scan made. A layer stands for all its channels; one pass
+    answers all targets. For layer4:17, --out gets layer4_17.examples.png, a drawing, and layer4_17.examples.npz, which
+    torchloupe.open reads; what is there already is replaced. A drawing shows the first units of a layer; the .npz holds
+    them all. Pictures that cannot be read are reported and left out.
 
     \b
     Example:
       torchloupe examples photos --model timm/resnet50 --target layer3:17 --target layer4 --out units
     """
     import torchloupe as tl
-    from torchloupe._folder import named
     from torchloupe_core.results import writable_folder
 
-    pictures = list(named(images, out).values())
+    pictures, store = searched(images, store, out)
     writable_folder(out)
     found = tl.examples(
         _opened(model, seed=seed, **asked),
@@ -224,6 +212,9 @@ def examples(
         per_image=per_image,
         without_gates=without_gates,
         workers=workers,
+        store=store,
+        resume=resume,
+        engine=engine,
         seed=seed,
         progress=progress,
     )

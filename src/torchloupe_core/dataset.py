@@ -7,7 +7,7 @@ A folder (class subfolders give labels), a list of images, a float tensor `[N, C
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -26,7 +26,7 @@ from torchloupe_core.borrow import kept_randomness
 from torchloupe_core.errors import BadInput
 from torchloupe_core.spec import Spec
 
-__all__ = ["DataSet", "Sample", "batches", "open_data"]
+__all__ = ["DataSet", "Sample", "batches", "class_names", "open_data"]
 
 FILES_A_WORKER = 256  # fewer files than this are read sooner than a worker starts
 UNREADABLE = (BadInput, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # about one image
@@ -115,13 +115,14 @@ class DataSet:
     def sample(self, index: int, item: Any) -> Sample:
         """An item read into a model input, or the reason why it cannot be."""
         try:
-            image, label = self._taken_apart(item)
+            image, label = self.taken_apart(item)
             inputs = pictures.read_one(image, self.spec, self.name(index))
         except UNREADABLE as error:
             return _unreadable(index, error)
         return Sample(index, inputs, self.labels[index] if label is None and self.labels is not None else label)
 
-    def _taken_apart(self, item: Any) -> tuple[Any, int | None]:
+    def taken_apart(self, item: Any) -> tuple[Any, int | None]:
+        """The image of an item, and its label where it has one that names a class."""
         item = self._collate(item) if self._collate is not None else item
         if not isinstance(item, (tuple, list)):
             return item, None
@@ -131,11 +132,14 @@ class DataSet:
 
 
 def open_data(data: Any, spec: Spec) -> DataSet:
-    """A data set from what a user gave. Raises `BadInput` if it is empty or nothing of the kind."""
+    """A data set from what a user gave; a store stands for the files that it is of.
+
+    Raises `BadInput` if it is empty or nothing of the kind.
+    """
     if isinstance(data, DataSet):
         return data
     if isinstance(data, (str, os.PathLike)):
-        return _folder(Path(data), spec)
+        return _stored(Path(data), spec) or _folder(Path(data), spec)
     if isinstance(data, DataLoader):
         return _loader(data, spec)
     if isinstance(data, IterableDataset):
@@ -152,17 +156,28 @@ def open_data(data: Any, spec: Spec) -> DataSet:
     return DataSet(data, spec, names=[str(one) for one in data] if paths else None)
 
 
-def batches(data: DataSet, size: int, workers: int | None = None) -> Generator[list[Sample], None, None]:
+def class_names(data: DataSet) -> tuple[str, ...] | None:
+    """The names a data set states: a folder's class subfolders, or `classes` of a torch `Dataset`."""
+    stated = data.classes if data.classes is not None else getattr(data.items, "classes", None)
+    if isinstance(stated, (tuple, list)) and stated and all(isinstance(one, str) for one in stated):
+        return tuple(stated)
+    return None
+
+
+def batches(
+    data: DataSet, size: int, workers: int | None = None, positions: Iterable[int] | None = None
+) -> Generator[list[Sample], None, None]:
     """Samples in lists of `size`, read ahead by worker processes where there are many files.
 
     workers: how many; None chooses: the loader's own, else none for data in memory and up to four for files. They end
-    when the iterator is closed.
+    when the iterator is closed. positions: which to read, by their place in the data set's order; all unless given.
     """
     workers = _workers(data, workers)
     reading: Dataset[Any] = _Stream(data) if data.streams else _Indexed(data)
     packing = _packed if workers else list
     seed = torch.Generator()  # or a loader takes its seed from the global random state
-    iterator = iter(DataLoader(reading, size, num_workers=workers, collate_fn=packing, generator=seed))
+    loader = DataLoader(reading, size, sampler=positions, num_workers=workers, collate_fn=packing, generator=seed)
+    iterator = iter(loader)
     try:
         for part in iterator:
             yield _unpacked(*part) if workers else part
@@ -210,6 +225,14 @@ def _unpacked(samples: list[Sample], stacks: list[tuple[list[int], Tensor]]) -> 
         for place, inputs in zip(places, stack, strict=True):
             samples[place] = replace(samples[place], inputs=inputs)
     return samples
+
+
+def _stored(folder: Path, spec: Spec) -> DataSet | None:
+    """The files that a store is of."""
+    from torchloupe_core.store import Store, is_store  # which builds on this file
+    from torchloupe_core.stored import stored_data
+
+    return stored_data(Store.open(folder), spec) if is_store(folder) else None
 
 
 def _folder(folder: Path, spec: Spec) -> DataSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchloupe_core.dataset import DataSet, open_data
+from torchloupe_core.dataset import DataSet, class_names, open_data
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.nearest import norms
@@ -29,7 +30,7 @@ class FeatureSet:
     vectors: `[M, D]` float32, finite. indices: `[M]`, which image of the data set each row is, rising as a pass gives
     them. labels: `[M]`, -1 where unknown. names: the file of each row, None where images are no files. classes: a name
     for each label. layer: which layer. skipped: the images that could not be read, by index, with why. data: where the
-    images are read again, None if they cannot be.
+    images are read again, None if they cannot be. scores: values of targets for each row, `[M]`, by their text.
     """
 
     vectors: Tensor
@@ -40,6 +41,7 @@ class FeatureSet:
     layer: str = ""
     skipped: Mapping[int, str] = field(default_factory=dict)
     data: DataSet | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or not self.vectors.numel():
@@ -80,7 +82,12 @@ class FeatureSet:
         chosen = list(rows)
         names = None if self.names is None else tuple(self.names[row] for row in chosen)
         return replace(
-            self, vectors=self.vectors[chosen], indices=self.indices[chosen], labels=self.labels[chosen], names=names
+            self,
+            vectors=self.vectors[chosen],
+            indices=self.indices[chosen],
+            labels=self.labels[chosen],
+            names=names,
+            scores={target: values[chosen] for target, values in self.scores.items()},
         )
 
 
@@ -89,6 +96,9 @@ def collect(
     data: Any,
     layer: object = None,
     *,
+    store: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    resume: bool = True,
     batch_size: int | None = None,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
@@ -97,7 +107,8 @@ def collect(
 ) -> FeatureSet:
     """The features of a data set of any kind, from one forward pass a batch that ends at the layer.
 
-    layer: what goes into the classifier unless given; `fc.in` is what goes into `fc`. The rest as in `scan`.
+    layer: what goes into the classifier unless given; `fc.in` is what goes into `fc`. store: where they are kept; what
+    is there already needs no forward pass. The rest as in `scan`.
     """
     opened = open_data(data, handle.spec)
     name = str(layer) if layer is not None else default_layer(handle, opened)
@@ -106,12 +117,19 @@ def collect(
         handle,
         opened,
         {name: [features]},
+        store=store,
+        engine=engine,
+        resume=resume,
         batch_size=batch_size,
         workers=workers,
         autocast=autocast,
         skip_failures=skip_failures,
         progress=progress,
     )
+    if store is not None:
+        from torchloupe_core.stored import stored_features  # which builds on this file
+
+        return replace(stored_features(store, name, handle), data=opened)
     indices, vectors = features.compute()
     rows: list[int] = indices.tolist()
     return FeatureSet(
@@ -128,22 +146,15 @@ def collect(
 
 def default_layer(handle: Handle, data: DataSet) -> str:
     """What goes into the classifier. A model whose input size is not known is asked at that of the first image."""
+    return handle.embedding_at(first_shape(handle, data))
+
+
+def first_shape(handle: Handle, data: DataSet) -> Shape:
+    """The model's input size, or where that is not known the size of the first image. Raises `BadInput`."""
     if handle.spec.input_size is not None:
-        return handle.embedding
-    return handle.embedding_at(_first_shape(data))
-
-
-def _first_shape(data: DataSet) -> Shape:
+        return handle.spec.input_size
     first = next((one.inputs for one in data.samples() if one.inputs is not None), None)
     if first is None:
         raise BadInput("no image could be read, so the layer before the classifier is not known; name layer=")
     channels, height, width = first.shape
     return channels, height, width
-
-
-def class_names(data: DataSet) -> tuple[str, ...] | None:
-    """The names a data set states: a folder's class subfolders, or `classes` of a torch `Dataset`."""
-    stated = data.classes if data.classes is not None else getattr(data.items, "classes", None)
-    if isinstance(stated, (tuple, list)) and stated and all(isinstance(one, str) for one in stated):
-        return tuple(stated)
-    return None

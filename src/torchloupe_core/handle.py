@@ -91,6 +91,9 @@ class Handle:
         # Kept beside the module, so that bare modules handed to verb after verb are traced once.
         self._kept = _KEPT.setdefault(self.module, {})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Handle, (self.module, self.spec)  # to other processes; what is kept beside the module is found anew
+
     def __repr__(self) -> str:
         size = "x".join(map(str, self.spec.input_size)) if self.spec.input_size else "unknown size"
         return f"Handle({self.spec.source}/{self.spec.name}, input {size}, {self.device}, {self.spec.preprocess_text})"

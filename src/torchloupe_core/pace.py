@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import torch
@@ -34,7 +34,9 @@ class Pace:
         size = max(LEAST, min(MOST, PIXELS // (height * width)))
         return cls(size, most=size * (4 if device.type == "cpu" else 256))
 
-    def run(self, total: int, ask: Callable[[int, int], T], *, scale: int = 1) -> Iterator[tuple[int, int, T]]:
+    def run(
+        self, total: int, ask: Callable[[int, int], T], *, scale: int = 1
+    ) -> Generator[tuple[int, int, T], None, None]:
         """`(start, stop, ask(start, stop))` for one batch after another until `total`.
 
         scale: items that go into one image's place, where only a part of the model runs for each. A batch too large for

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ _HOMES = {
     "Neighbors": "torchloupe_core.neighbors",
 }
 
-_UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 CAM_BOX_THRESHOLD = 0.2  # of the maximum (Zhou 2016, section 3.2)
 
@@ -258,7 +259,7 @@ def open_result(path: str | os.PathLike[str]) -> Result:
         kind = str(provenance.pop("kind", None))
     except FileNotFoundError:
         raise StoreError(f"no such file: {path}") from None
-    except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
+    except (*UNREADABLE, AttributeError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not a saved torchloupe result: {error}") from error
     if kind in _HOMES:
         importlib.import_module(_HOMES[kind])
@@ -273,18 +274,37 @@ def open_result(path: str | os.PathLike[str]) -> Result:
         raise StoreError(f"{path} holds an {kind} whose fields are not those of this version: {error}") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or as it was before. Raises `StoreError`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_whole(path: Path, content: bytes, *, lasting: bool = False) -> None:
+    """Writes a file so that it is there whole or as it was before. Raises `StoreError`.
+
+    lasting: it is on the disk, not only on its way there, when this returns.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
+        if lasting:
+            _sync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):  # where it could not be made, as for a name that is too long
             partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a renaming last."""
+    with contextlib.suppress(OSError):  # not every system opens folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ output are asked when the pass is over, as `Joint`.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,17 @@ class Scanned:
         if shape != self.shape:
             self.others.update(dict.fromkeys(indices, shape))
 
+    def merge(self, other: Scanned, indices: Sequence[int]) -> None:
+        """Takes in what a later part of the data set, these images, came to."""
+        seen = [index for index in indices if index not in other.skipped] if other.shape else []
+        alike = [index for index in seen if index not in other.others]
+        if other.shape is not None:
+            self.took(alike, other.shape)
+        for index, shape in other.others.items():
+            self.took([index], shape)
+        self.labels |= other.labels
+        self.skipped |= other.skipped
+
     def shape_of(self, index: int) -> Shape:
         """(C, H, W) of an image that went through the model."""
         if self.shape is None:
@@ -76,6 +88,9 @@ def scan(
     statistics: Mapping[str, Sequence[Statistic]],
     *,
     joint: Joint | None = None,
+    store: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    resume: bool = True,
     batch_size: int | None = None,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
@@ -84,32 +99,30 @@ def scan(
 ) -> Scanned:
     """Sends every image through the model once and shows each layer's map to the statistics under its name.
 
-    joint: targets that are asked of the whole pass. batch_size: found while working unless given; halved where memory
-    ends. workers: processes that read images. autocast: the type to compute in, as `torch.bfloat16`. skip_failures:
-    images that cannot be read are noted and left out; otherwise the first one raises `BadInput`. Raises `BadInput` if
-    no image can be read.
+    joint: targets that are asked of the whole pass. store: a folder that keeps what is done, so that a scan that was
+    killed goes on, and the ranks of a run share it; engine: "ray" spreads it; with resume as in `scan_stored`.
+    batch_size: found while working unless given; halved where memory ends, but for a store. workers: processes that
+    read images. autocast: the type to compute in, as `torch.bfloat16`. skip_failures: images that cannot be read are
+    noted and left out; otherwise the first one raises `BadInput`. Raises `BadInput` if no image can be read.
     """
     begun, found = time.perf_counter(), Scanned()
     if not statistics and joint is None:
         raise BadInput("no layer was named, so there is nothing to look at")
-    pace, total, asked_of = _pace(handle, data, batch_size), data.length, _Pass(handle, data, statistics, joint)
+    how: Any = {"batch_size": batch_size, "workers": workers, "autocast": autocast, "skip_failures": skip_failures}
+    if store is not None or engine is not None:
+        from torchloupe_core.filling import scan_stored  # which builds on this file
+
+        kept: Any = {"store": store, "engine": engine, "resume": resume}
+        return scan_stored(handle, data, statistics, joint=joint, progress=progress, **kept, **how)
+    pace, asked = beginning(handle, data, batch_size), Pass(handle, data, statistics, joint)
     with (
         contextlib.closing(batches(data, max(1, pace.size // 2), workers)) as parts,
         handle.borrow(),
-        _computing(handle, autocast),
+        computing(handle, autocast),
     ):
-        reader = _Reader(data, parts, found, skip_failures)
-        asked = pace.run(total or ENDLESS, lambda start, stop: asked_of.look(reader.take(start, stop)))
-        with contextlib.suppress(_AllRead):
-            for start, _, seen in asked:
-                for shape, indices, looked in seen:
-                    found.took(indices.tolist(), shape)
-                    for statistic, what in looked:
-                        statistic.update(what, indices)
-                progress(start + reader.taken, total or start + reader.taken)
+        asked.go_through(parts, data.length, pace, found, skip_failures=skip_failures, progress=progress)
     found.seconds = time.perf_counter() - begun
-    if not found.images:
-        raise BadInput(_nothing_read(found))
+    require_images(found)
     return found
 
 
@@ -159,7 +172,7 @@ class _Reader:
 Looked = list[tuple[Statistic, Any]]
 
 
-class _Pass:
+class Pass:
     """What is asked of each batch."""
 
     def __init__(
@@ -167,6 +180,26 @@ class _Pass:
     ) -> None:
         self.handle, self.data, self.statistics, self.joint = handle, data, statistics, joint or Joint()
         self.bound: dict[Shape, list[Bound]] = {}
+
+    def go_through(
+        self,
+        parts: Iterator[list[Sample]],
+        total: int | None,
+        pace: Pace,
+        found: Scanned,
+        *,
+        skip_failures: bool,
+        progress: Report,
+    ) -> None:
+        """Shows the statistics all samples that are read; of how many is known unless they are a stream."""
+        reader = _Reader(self.data, parts, found, skip_failures)
+        with contextlib.suppress(_AllRead):
+            for start, _, seen in pace.run(total or ENDLESS, lambda start, stop: self.look(reader.take(start, stop))):
+                for shape, indices, looked in seen:
+                    found.took(indices.tolist(), shape)
+                    for statistic, what in looked:
+                        statistic.update(what, indices)
+                progress(start + reader.taken, total or start + reader.taken)
 
     def look(self, samples: Sequence[Sample]) -> list[tuple[Shape, Tensor, Looked]]:
         """One forward pass for each size of image among the samples: that, their indices, and what was seen of them."""
@@ -225,7 +258,8 @@ def _by_shape(samples: Sequence[Sample]) -> dict[Shape, list[Sample]]:
     return groups
 
 
-def _pace(handle: Handle, data: DataSet, batch_size: int | None) -> Pace:
+def beginning(handle: Handle, data: DataSet, batch_size: int | None) -> Pace:
+    """The pace of a pass: the size given or stated by a loader, or else found while working."""
     given = data.batch_size if batch_size is None else batch_size
     if given is not None:
         if given < 1:
@@ -234,7 +268,8 @@ def _pace(handle: Handle, data: DataSet, batch_size: int | None) -> Pace:
     return handle.pace(handle.spec.input_size or (3, 224, 224))
 
 
-def _computing(handle: Handle, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+def computing(handle: Handle, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Inside, the model computes in that type where it loses little."""
     if autocast is None:
         return contextlib.nullcontext()
     if autocast not in (torch.bfloat16, torch.float16) or handle.dtype == torch.float64:
@@ -245,8 +280,11 @@ def _computing(handle: Handle, autocast: torch.dtype | None) -> contextlib.Abstr
     return torch.autocast(handle.device.type, autocast)
 
 
-def _nothing_read(found: Scanned) -> str:
+def require_images(found: Scanned) -> None:
+    """Raises `BadInput` if no image went through the model."""
+    if found.images:
+        return
     if not found.skipped:
-        return "the data set is empty"
+        raise BadInput("the data set is empty")
     first = next(iter(found.skipped.values()))
-    return f"none of the {len(found.skipped)} images could be read; the first: {first}"
+    raise BadInput(f"none of the {len(found.skipped)} images could be read; the first: {first}")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchloupe_core.dataset import DataSet, Sample, batches
+from torchloupe_core.dataset import DataSet, Sample, batches, class_names
 from torchloupe_core.errors import BadInput
-from torchloupe_core.features import FeatureSet, class_names
+from torchloupe_core.features import FeatureSet
 from torchloupe_core.nearest import Metric, Nearest, apart
 from torchloupe_core.spec import Spec
 

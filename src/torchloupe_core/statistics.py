@@ -38,6 +38,13 @@ class Statistic(Protocol):
     def merge(self, other: Self) -> None:
         """Takes in what another has seen of other images."""
 
+    def fresh(self) -> Self:
+        """One made alike that has seen nothing."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was made with."""
+
     def compute(self) -> Any:
         """The answer so far."""
 
@@ -51,9 +58,18 @@ class _State:
     _options: tuple[str, ...] = ()
     _kept: tuple[str, ...] = ()
 
+    def fresh(self) -> Self:
+        """One made alike that has seen nothing."""
+        return type(self)(**self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {name: getattr(self, name) for name in self._options}
+
     def state_dict(self) -> dict[str, Any]:
         """A copy of what it holds: tensors, numbers, and the options it was made with. Lists are numbered from 0."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in self._options}
+        state = self.options
         for name in self._kept:
             value = getattr(self, name)
             if isinstance(value, list):
@@ -111,7 +127,7 @@ class Top(_State):
     their images; states merge in any order. per_image: how many positions of one image may count.
     """
 
-    _options = ("k", "largest", "per_image")
+    _options: tuple[str, ...] = ("k", "largest", "per_image")
     _kept = ("scores", "indices", "positions")
 
     def __init__(self, k: int, *, largest: bool = True, per_image: int = 1) -> None:
@@ -140,7 +156,8 @@ class Top(_State):
         self._take(values, images, positions)
 
     def merge(self, other: Self) -> None:
-        self._require_alike(vars(other))
+        """Takes in what another has seen of other images; it may have kept more of them."""
+        self._require_alike({**other.options, "k": min(self.k, other.k)})
         if other.scores.numel():
             self._take(other.scores, other.indices, other.positions)
 

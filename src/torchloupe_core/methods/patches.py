@@ -6,7 +6,7 @@ the largest value of their map. A target that reads several layers or the output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -62,12 +62,18 @@ def search(
     seed: int = 0,
     **options: Any,
 ) -> Found:
-    """Ranks the data set for every unit of the targets in one pass. options: of `scan`."""
+    """Ranks the data set for every unit of the targets in one pass. options: of `scan`.
+
+    With a store some channels of a layer are ranked among all of them, as a store holds them.
+    """
     shape = _shape(handle, data)
     pairs = [(target, unit) for target in map(as_target, targets) for unit in as_units(handle, target, shape)]
     units = [unit for _, unit in pairs]
     ranking = _Ranking(k, crop, band, per_image, seed)
     groups = [_Group(handle, shape, *one) for one in _grouped(handle, units, shape, crop)]
+    if options.get("store") is not None:
+        for group in groups:
+            group.widen()
     statistics: dict[str, list[Statistic]] = {}
     joint = Joint()
     for group in groups:
@@ -75,9 +81,10 @@ def search(
         if group.kind == "joint":
             joint = Joint(group.units, group.statistics)
         else:
-            statistics.setdefault(group.layer, []).extend(_Of(one, group.project) for one in group.statistics)
+            several = statistics.setdefault(group.layer, [])
+            several += group.statistics if group.kind == "channels" else [_Of(one, group) for one in group.statistics]
     scanned = scan(handle, data, statistics, joint=joint if joint.targets else None, **options)
-    answers = [ranking.answer(group.statistics) for group in groups]
+    answers = [group.own(ranking.answer(group.statistics)) for group in groups]
     rows = torch.tensor([row for group in groups for row in group.rows]).argsort()
     scores, indices, positions = (torch.cat(same)[rows] for same in zip(*answers, strict=True))
     filled = (indices >= 0).any(0)  # fewer columns where there are fewer images
@@ -104,6 +111,8 @@ def as_units(handle: Handle, target: Target, shape: Shape) -> list[Target]:
             return units if weight == 1 else [unit * weight for unit in units]
     return [target]
 
+
+Answer = tuple[Tensor, Tensor, Tensor]  # scores, indices and positions [U, k]
 
 # -- groups of units that are looked at together ----------------------------------------------------------------------
 
@@ -149,6 +158,21 @@ class _Group:
         self.kind, self.layer, self.rows, self.units = kind, layer, rows, tuple(units)
         self.bounds = [] if kind == "channels" else [_bound(handle, unit, shape) for unit in units]
         self.statistics: list[Any] = []
+        self.chosen: list[int] | None = None  # channels, where it looks at all of them
+
+    def widen(self) -> None:
+        """Looks at all channels where it is of some."""
+        atoms = [atom for unit in self.units for _, atom in unit.terms]
+        places = [atom.channel for atom in atoms if isinstance(atom, Unit) and atom.channel is not None]
+        if self.kind == "spread" and list(self.units) == [channel(self.layer, place) for place in places]:
+            self.kind, self.chosen = "channels", places
+
+    def own(self, answer: Answer) -> Answer:
+        """Its units' part of an answer."""
+        scores, indices, positions = answer
+        if self.chosen is None:
+            return answer
+        return scores[self.chosen], indices[self.chosen], positions[self.chosen]
 
     def project(self, maps: Tensor) -> Tensor:
         """The layer's maps `[N, C, h, w]` as those of the units, `[N, U, h, w]`."""
@@ -164,16 +188,24 @@ def _bound(handle: Handle, target: Target, shape: Shape) -> Bound:
 class _Of:
     """A statistic of units instead of channels."""
 
-    def __init__(self, statistic: Statistic, project: Callable[[Tensor], Tensor]) -> None:
-        self.statistic, self.project = statistic, project
+    def __init__(self, statistic: Statistic, group: _Group) -> None:
+        self.statistic, self.group = statistic, group
         self.update, self.compute = statistic.update, statistic.compute
         self.state_dict, self.load_state_dict = statistic.state_dict, statistic.load_state_dict
 
     def look(self, maps: Tensor, indices: Tensor) -> Any:
-        return self.statistic.look(self.project(maps), indices)
+        return self.statistic.look(self.group.project(maps), indices)
 
     def merge(self, other: _Of) -> None:
         self.statistic.merge(other.statistic)
+
+    def fresh(self) -> _Of:
+        return _Of(self.statistic.fresh(), self.group)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        units = list(map(str, self.group.units))
+        return {"kind": type(self.statistic).__name__, **self.statistic.options, "units": units}
 
 
 # -- ranking ----------------------------------------------------------------------------------------------------------
@@ -182,15 +214,14 @@ class _Of:
 class Coldest(Top):
     """The k images whose largest value is smallest."""
 
+    _options = ("k",)
+
     def __init__(self, k: int) -> None:
         super().__init__(k, largest=False)
 
     def look(self, maps: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         best, positions = maps.flatten(2).max(2)
         return -best[:, :, None], positions[:, :, None]
-
-
-Answer = tuple[Tensor, Tensor, Tensor]  # scores, indices and positions [U, k]
 
 
 @dataclass(frozen=True)
