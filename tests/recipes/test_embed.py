@@ -72,11 +72,11 @@ def test_the_demo_s_classes_lie_apart_in_its_features_and_not_in_its_pixels(scen
 
 
 def test_components_first_are_laid_out_in_place_of_the_features(seen: tl.FeatureSet) -> None:
+    seen = seen.some(range(80))
     found = tl.embed(None, seen, method="tsne", pca=20, iterations=250)
-    reduced = tl.embed(None, seen, method="pca", dims=3)
     shares = np.linalg.svd(seen.vectors.double().numpy() - seen.vectors.double().numpy().mean(0))[1] ** 2
     assert found.diagnostics["pca_variance"] == pytest.approx(shares[:20].sum() / shares.sum(), rel=1e-6)
-    assert found.options["pca"] == 20 and reduced.options["pca"] is None
+    assert found.options["pca"] == 20
     plain = tl.embed(None, seen, method="tsne", iterations=250)
     assert not torch.equal(found.points, plain.points) and "pca_variance" not in plain.diagnostics
 
