@@ -12,7 +12,7 @@ import torch
 from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
-from torchloupe_core.dataset import open_data
+from torchloupe_core.dataset import class_names, open_data
 from torchloupe_core.errors import BadInput
 from torchloupe_core.examples import Examples
 from torchloupe_core.methods.patches import Band, Crop, placed, search
@@ -112,6 +112,6 @@ def examples(
         images=scanned.images,
         skipped={data.name(index): why for index, why in scanned.skipped.items()},
         names={} if data.names is None else {str(index): data.names[index] for index in winners},
-        classes=data.classes,
+        classes=class_names(data),
         data=data,
     )

@@ -155,6 +155,6 @@ def first_shape(handle: Handle, data: DataSet) -> Shape:
         return handle.spec.input_size
     first = next((one.inputs for one in data.samples() if one.inputs is not None), None)
     if first is None:
-        raise BadInput("no image could be read, so the layer before the classifier is not known; name layer=")
+        raise BadInput("no image of the data set can be read")
     channels, height, width = first.shape
     return channels, height, width

@@ -16,10 +16,24 @@ from torchloupe_core.results import Attribution, Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["blended", "colour_bar", "colours", "draw", "escaped", "figure", "overlay", "png", "scale", "show"]
+__all__ = [
+    "blended",
+    "colour_bar",
+    "colours",
+    "draw",
+    "escaped",
+    "figure",
+    "frame",
+    "overlay",
+    "png",
+    "ring",
+    "scale",
+    "show",
+]
 
 MOST_ROWS = 12
 SIGNED, POSITIVE = "RdBu_r", "viridis"  # diverging around zero; perceptually uniform
+MARKS = (("black", 1.8), ("#ffd400", 1.0))  # yellow on black shows on any picture
 CLIPPED = 0.995  # a few extreme pixels would otherwise leave the rest of a gradient map pale
 
 
@@ -95,6 +109,22 @@ def colour_bar(drawing: Any, axes: Any, ends: tuple[float, float], signed: bool,
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
+
+
+def frame(axes: Any, corner: tuple[float, float], width: float, height: float) -> None:
+    """A rectangle that shows on any picture, from its corner (x, y)."""
+    from matplotlib.patches import Rectangle
+
+    for colour, line in MARKS:
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=line))
+
+
+def ring(axes: Any, middle: tuple[float, float], radius: float) -> None:
+    """A circle that shows on any picture."""
+    from matplotlib.patches import Circle
+
+    for colour, line in MARKS:
+        axes.add_patch(Circle(middle, radius, fill=False, edgecolor=colour, linewidth=line))
 
 
 def _drawn(result: Result, new_figure: Callable[..., Any], **options: Any) -> tuple[Any, Any]:

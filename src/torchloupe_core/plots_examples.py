@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 TILE, MOST_ROWS = 96, 12  # pixels across a tile; rows
 NAMES = 130  # pixels for the names of units
-MARK = "#ffd400"
+RING = 4  # pixels, the radius of a mark
 
 WORDS = {
     "max": "largest first",
@@ -87,22 +87,16 @@ def _extent(found: Examples, row: int, column: int, factor: float) -> tuple[int,
 
 def _mark(axes: Any, found: Examples, row: int, column: int, corner: tuple[int, int], factor: float) -> None:
     """The patch in a whole image, or the position where the patch is the whole image."""
-    from matplotlib.patches import Circle, Rectangle
-
     shown, box, point = found.shown[row, column], found.boxes[row, column], found.points[row, column]
     down, across, _, _ = _extent(found, row, column, factor)
     x, y = corner[0] + across - 0.5, corner[1] + down - 0.5
     whole = found.sizes[row, column].tolist() == (box[2:] - box[:2]).tolist()
     if not whole and found.crop == "image":
         top, left, bottom, right = (box * factor).tolist()
-        for colour, line in (("black", 1.8), (MARK, 0.9)):
-            patch = Rectangle((x + left, y + top), right - left, bottom - top, fill=False)
-            patch.set(edgecolor=colour, linewidth=line)
-            axes.add_patch(patch)
+        plots.frame(axes, (x + left, y + top), right - left, bottom - top)
     elif whole and not point.isnan().any():
         middle = ((point - shown[:2]) * factor).tolist()
-        for colour, line in (("black", 1.8), (MARK, 1.0)):
-            axes.add_patch(Circle((x + middle[1], y + middle[0]), 4, fill=False, edgecolor=colour, linewidth=line))
+        plots.ring(axes, (x + middle[1], y + middle[0]), RING)
 
 
 def _title(found: Examples, rows: int, width: int) -> list[str]:

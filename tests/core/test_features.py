@@ -102,7 +102,7 @@ def test_a_stream_and_a_model_of_unknown_input_size() -> None:
     handle = Handle(module)
     found = collect(handle, Stream())
     assert found.layer == "4.in" and torch.equal(found.vectors, collect(handle, Named()).vectors)
-    with pytest.raises(BadInput, match="no image could be read"):
+    with pytest.raises(BadInput, match="no image of the data set can be read"):
         collect(handle, [object(), object()])
 
 

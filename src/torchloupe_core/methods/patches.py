@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchloupe_core.atoms import Unit
 from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.features import first_shape
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.receptive import Fields, fields
 from torchloupe_core.scan import Joint, Scanned, scan
@@ -66,7 +67,7 @@ def search(
 
     With a store some channels of a layer are ranked among all of them, as a store holds them.
     """
-    shape = _shape(handle, data)
+    shape = first_shape(handle, data)
     pairs = [(target, unit) for target in map(as_target, targets) for unit in as_units(handle, target, shape)]
     units = [unit for _, unit in pairs]
     ranking = _Ranking(k, crop, band, per_image, seed)
@@ -113,6 +114,7 @@ def as_units(handle: Handle, target: Target, shape: Shape) -> list[Target]:
 
 
 Answer = tuple[Tensor, Tensor, Tensor]  # scores, indices and positions [U, k]
+
 
 # -- groups of units that are looked at together ----------------------------------------------------------------------
 
@@ -430,14 +432,3 @@ def _boxes(known: Fields, channels: Sequence[list[int]], rows: Tensor, columns: 
             several = known.boxes(torch.tensor(some), row, column, clipped=clipped)
             boxes[place] = torch.cat([several[:, :2].amin(0), several[:, 2:].amax(0)])
     return boxes
-
-
-def _shape(handle: Handle, data: DataSet) -> Shape:
-    """Of the model's own input, or of the first image that can be read."""
-    if handle.spec.input_size is not None:
-        return handle.spec.input_size
-    for sample in data.samples():
-        if sample.inputs is not None:
-            channels, height, width = sample.inputs.shape
-            return channels, height, width
-    raise BadInput("no image of the data set can be read")
