@@ -37,7 +37,11 @@ __all__ = ["Attribution", "Result", "open_result"]
 Box = tuple[int, int, int, int]
 
 # Kinds that live in files of their own, read when one of them is opened.
-_HOMES = {"Activations": "torchloupe_core.activations", "Filters": "torchloupe_core.filters"}
+_HOMES = {
+    "Activations": "torchloupe_core.activations",
+    "Filters": "torchloupe_core.filters",
+    "Visualization": "torchloupe_core.visualization",
+}
 
 _UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
