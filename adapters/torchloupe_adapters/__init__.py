@@ -43,6 +43,7 @@ METHODS = {
     ("explain", "sobol"): "torchloupe_core.methods.sobol",
     ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
+    ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     **{

@@ -78,7 +78,7 @@ def visualize(
             precision=precision,
             interruptible=interruptible,
         )
-        way, made = _made(task, method, batch_size, n)
+        way, made = _made(task, method, batch_size, n if diversity else 1)
         thoughts = opinions(task, made)
     return Visualization(
         method="visualize",
@@ -100,5 +100,13 @@ def visualize(
 
 
 def _made(task: Task, method: str, batch_size: int | None, group: int) -> tuple[Method, Made]:
-    way = registry.find("visualize", "native")
-    return way, made_of(task, way.run, batch_size, group if task.terms else 1)
+    """Who made it, and what: by the method asked for, or by the first of the preferred that can do the task."""
+    names = PREFERRED if method == "auto" else (method,)
+    for name in names:
+        way = registry.find("visualize", name)
+        try:
+            return way, made_of(task, way.run, batch_size, group)
+        except (MissingDependency, NotApplicable):
+            if name == names[-1]:
+                raise
+    raise BadInput("no method was given")

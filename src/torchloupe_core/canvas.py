@@ -55,7 +55,7 @@ class Canvas:
         encode: Callable[[Tensor], Sequence[Tensor]] | None = None,
         colours: Tensor | None = None,
     ) -> None:
-        self.tensors = [tensor.detach().requires_grad_(True) for tensor in tensors]
+        self.tensors = [tensor.requires_grad_(True) for tensor in tensors]
         self.decode, self.encode, self.colours = decode, encode, colours
 
     def images(self) -> Tensor:
@@ -64,14 +64,18 @@ class Canvas:
 
     def paint(self, images: Tensor) -> None:
         """Sets the tensors so that the images are these, or as near as they can come. Raises `NotApplicable`."""
+        with torch.no_grad():
+            numbers = torch.logit(images.detach().double()).clamp(-FURTHEST, FURTHEST)
+            for tensor, found in zip(self.tensors, self.encoded(separated(numbers, self.colours)), strict=True):
+                tensor.copy_(found)
+
+    def encoded(self, values: Tensor) -> Sequence[Tensor]:
+        """The tensors that decode to these numbers."""
         if self.encode is None:
             raise NotApplicable(
                 "this parametrization cannot take up a given image; use 'fourier', 'pixel', 'pyramid' or 'lowres'"
             )
-        with torch.no_grad():
-            numbers = torch.logit(images.detach().double()).clamp(-FURTHEST, FURTHEST)
-            for tensor, found in zip(self.tensors, self.encode(separated(numbers, self.colours)), strict=True):
-                tensor.copy_(found)
+        return self.encode(values)
 
     def kept(self) -> list[Tensor]:
         """Copies of the tensors, to go back to."""

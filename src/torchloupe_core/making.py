@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchloupe_core.atoms import Unit
-from torchloupe_core.errors import BadInput, LoupeError
+from torchloupe_core.errors import BadInput, LoupeError, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
 from torchloupe_core.methods.optimize import Made, Read, Task
 from torchloupe_core.pace import Pace, out_of_memory
 from torchloupe_core.parametrizations import ParametrizationLike, as_parametrization
 from torchloupe_core.preactivation import read_before_rectifier
 from torchloupe_core.regularizers import RegularizersLike, as_regularizers
-from torchloupe_core.targets import Target, TargetLike, as_targets
+from torchloupe_core.targets import Bound, Target, TargetLike, as_targets
 from torchloupe_core.terms import Alignment, Diversity, Term
 from torchloupe_core.transforms import Crops, Transform, TransformsLike, as_transforms
 
@@ -27,6 +28,7 @@ __all__ = ["Size", "asked", "commissioned", "made_of", "opinions", "pictures"]
 Size = int | tuple[int, int] | None
 
 MOST_OPINIONS = 5
+WARM = 4  # units are read before their ReLU too in the first of so many parts of the steps
 
 
 def asked(target: TargetLike | Sequence[TargetLike], n: int) -> list[Target]:
@@ -70,6 +72,7 @@ def commissioned(
     _require_runs(handle, seen_shape)
     if read == "pre":
         targets = [read_before_rectifier(handle, one, seen_shape) for one in targets]
+    early = _early(handle, targets, seen_shape) if read == "auto" else []
     step_size = kind.lr if lr is None else lr
     if not 0 < step_size < float("inf"):
         raise BadInput(f"lr is above 0; got {lr}")
@@ -89,6 +92,8 @@ def commissioned(
         steps=steps,
         lr=step_size,
         redirect=read != "post",
+        early=early,
+        warm=steps // WARM if early else 0,
         snapshots=kept,
         **options,
     )
@@ -205,6 +210,18 @@ def _require_runs(handle: Handle, shape: Shape) -> None:
         own = handle.spec.input_size
         hint = "" if own is None or own == shape else f"; its own size is {'x'.join(map(str, own))}"
         raise BadInput(f"the model fails on an input of {'x'.join(map(str, shape))}: {problem}{hint}") from error
+
+
+def _early(handle: Handle, targets: Sequence[Target], shape: Shape) -> list[Bound]:
+    """The targets with each unit read before its ReLU where there is such a place; none if that changes nothing."""
+    found = {}
+    for one in dict.fromkeys(targets):
+        with contextlib.suppress(NotApplicable):
+            found[one] = read_before_rectifier(handle, one, shape)
+    early = [found.get(one, one) for one in targets]
+    if early == list(targets):
+        return []
+    return handle.bind(early, torch.empty(len(early), *shape, device="meta"))
 
 
 def _one_for_each(begin: Tensor, shape: Shape, count: int, n: int) -> Tensor:

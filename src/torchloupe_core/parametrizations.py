@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Shape = tuple[int, int, int]
+Size = tuple[int, int]
 
 SD = 0.01  # of the numbers at the start
 MAGIC = 4.0  # Lucid's divisor of frequencies' images: larger saturates less
@@ -107,9 +108,13 @@ class LowRes(Parametrization):
     sd: float = SD
     colours: Colours = "imagenet"
 
+    def sizes(self, size: Size) -> list[Size]:
+        """The size of the small image."""
+        return [_reduced(size, self.factor)]
+
     def canvas(self, draw: Draw, shape: Shape, device: torch.device, dtype: torch.dtype) -> Canvas:
         channels, height, width = shape
-        small = _reduced((height, width), self.factor)
+        (small,) = self.sizes((height, width))
         start = (draw(channels, *small) * self.sd).to(device, dtype)
         canvas = Canvas(
             [start],
@@ -132,9 +137,13 @@ class Pyramid(Parametrization):
         if self.levels < 1:
             raise BadInput(f"a pyramid has at least one level; got {self.levels}")
 
+    def sizes(self, size: Size) -> list[Size]:
+        """Of the levels, the largest first."""
+        return [_reduced(size, 2**level) for level in range(self.levels)]
+
     def canvas(self, draw: Draw, shape: Shape, device: torch.device, dtype: torch.dtype) -> Canvas:
         channels, height, width = shape
-        sizes = [_reduced((height, width), 2**level) for level in range(self.levels)]
+        sizes = self.sizes((height, width))
         start = [(draw(channels, *size) * self.sd).to(device, dtype) for size in sizes]
 
         def encode(values: Tensor) -> list[Tensor]:  # each level what the coarser ones leave over
@@ -168,20 +177,21 @@ class Shared(Parametrization):
     sd: float = SD
     colours: Colours = "imagenet"
 
+    def sizes(self, size: Size) -> list[Size]:
+        """Of the shared images."""
+        return [_reduced(size, factor) for factor in self.factors]
+
     def canvas(self, draw: Draw, shape: Shape, device: torch.device, dtype: torch.dtype) -> Canvas:
         channels, height, width = shape
         own = Fourier(self.decay, self.sd, self.colours).canvas(draw, shape, device, dtype)
-        sizes = [_reduced((height, width), factor) for factor in self.factors]
-        common = [(draw.common(1, channels, *size) * self.sd).to(device, dtype) for size in sizes]
-        of_one = own.decode
+        common = [(draw.common(1, channels, *size) * self.sd).to(device, dtype) for size in self.sizes(shape[1:])]
 
         def decode() -> Tensor:
-            own.tensors = canvas.tensors[:1]
-            return of_one() + _added([resized(tensor, (height, width)) for tensor in canvas.tensors[1:]])
+            shared = [resized(tensor, (height, width)) for tensor in canvas.tensors[1:]]
+            return _added([own.decode(), *shared])
 
-        def encode(values: Tensor) -> Sequence[Tensor]:  # all in the images' own part
-            assert own.encode is not None
-            return [*own.encode(values), *(torch.zeros_like(tensor) for tensor in common)]
+        def encode(values: Tensor) -> list[Tensor]:  # all in the images' own part
+            return [*own.encoded(values), *(torch.zeros_like(tensor) for tensor in common)]
 
         canvas = Canvas([*own.tensors, *common], decode, encode, own.colours)
         return canvas
@@ -253,24 +263,24 @@ def frequencies(height: int, width: int) -> Tensor:
 
     That column is Lucid's, which cuts off a pixel instead; here it stands for nothing.
     """
-    columns = torch.fft.fftfreq(width)[: width // 2 + 1 + width % 2]
-    return torch.hypot(torch.fft.fftfreq(height)[:, None], columns)
+    columns = torch.fft.fftfreq(width, dtype=torch.float64)[: width // 2 + 1 + width % 2]
+    return torch.hypot(torch.fft.fftfreq(height, dtype=torch.float64)[:, None], columns)
 
 
-def resized(values: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(values: Tensor, size: Size) -> Tensor:
     """Bilinearly, corners on corners as in Lucid."""
     if tuple(values.shape[2:]) == size:
         return values
     return F.interpolate(values, size=size, mode="bilinear", align_corners=True)
 
 
-def _reduced(size: tuple[int, int], factor: int) -> tuple[int, int]:
+def _reduced(size: Size, factor: int) -> Size:
     if factor < 1:
         raise BadInput(f"resolution is reduced by a factor of at least 1; got {factor}")
     return max(1, size[0] // factor), max(1, size[1] // factor)
 
 
-def _added(parts: Sequence[Any]) -> Tensor:
+def _added(parts: Sequence[Tensor]) -> Tensor:
     total: Tensor = parts[0]
     for part in parts[1:]:
         total = total + part

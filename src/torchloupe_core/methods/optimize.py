@@ -39,6 +39,8 @@ class Task:
     shape: (C, H, W) of the images; shown: (h, w) of what the network sees. begin: images `[n, C, H, W]` in [0, 1] to
     start from instead of noise. terms: penalties on activations. first: the number of the first of these images among
     all that were asked for, which its random numbers depend on. redirect: whether a gradient that is zero is replaced.
+    early: the same targets read before their ReLU, which count too in the first `warm` steps, less and less, so that
+    positions where a unit is off take part at first.
     snapshots: the steps after which images are kept. precision: of autocast, if any. report: told of each step.
     """
 
@@ -56,6 +58,8 @@ class Task:
     seed: int = 0
     first: int = 0
     redirect: bool = True
+    early: Sequence[Bound] = ()
+    warm: int = 0
     snapshots: tuple[int, ...] = ()
     precision: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
@@ -73,12 +77,13 @@ class Task:
     def only(self, start: int, stop: int) -> Task:
         """The task of making some of the images."""
         begin = None if self.begin is None else self.begin[start:stop]
-        return replace(self, targets=self.targets[start:stop], begin=begin, first=self.first + start)
+        return replace(self, targets=self.targets[start:stop], early=self.early[start:stop], begin=begin, first=self.first + start)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Watch]:
         """Inside, the layers that the objective reads are watched."""
         names = [name for bound in self.targets for name in bound.target.layers]
+        names += [name for bound in self.early for name in bound.target.layers]
         names += [name for term in self.terms for name in term.layers]
         through = any(bound.target.reads_output for bound in self.targets)
         shape = (self.shape[0], *self.shown)
@@ -236,17 +241,23 @@ class Run:
 
     def _values(self, views: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         """The target and the sum of the terms for each image, `[n]` each, averaged over its views."""
-        task, count = self.task, len(views) // len(self.task)
-        inputs = task.handle.spec.normalised(views).to(task.handle.dtype).contiguous(memory_format=task.memory_format)
-        kind = task.handle.device.type
-        with torch.autocast(kind, task.precision, enabled=task.precision is not None):
-            reading = Reading(task.handle, self.watch, self.watch(inputs))
-            values = pick(reading, list(task.targets) * count)
+        reading, count = self._read(views)
+        values = pick(reading, list(self.task.targets) * count)
         penalties = torch.zeros_like(values)
         for term in terms:
             penalties = penalties + term.penalty(reading)
-        exact = task.dtype
+        if torch.is_grad_enabled() and self.step < self.task.warm:
+            more = pick(reading, list(self.task.early) * count) * (1 - self.step / self.task.warm)
+            values = values + more - more.detach()  # for the gradient only
+        exact = self.task.dtype
         return values.to(exact).view(count, -1).mean(0), penalties.to(exact).view(count, -1).mean(0)
+
+    def _read(self, views: Tensor) -> tuple[Reading, int]:
+        task = self.task
+        inputs = task.handle.spec.normalised(views).to(task.handle.dtype)
+        with torch.autocast(task.handle.device.type, task.precision, enabled=task.precision is not None):
+            output = self.watch(inputs.contiguous(memory_format=task.memory_format))
+        return Reading(task.handle, self.watch, output), len(views) // len(task)
 
     def _require_finite(self, losses: Tensor, pull: Tensor) -> None:
         if bool(losses.isfinite().all()) and bool(pull.sum().isfinite()):
