@@ -30,6 +30,7 @@ HOMES = {
     "torchvision": {"torchloupe_adapters/torchvision.py"},
     "sklearn": {"torchloupe_adapters/sklearn.py"},
     "skimage": {"torchloupe_adapters/skimage.py"},
+    "lucent": {"torchloupe_adapters/lucent.py"},
     "cv2": {"torchloupe_adapters/opencv.py"},
     "tqdm": {"torchloupe_adapters/tqdm.py"},
     "safetensors": {"torchloupe_adapters/checkpoint.py"},

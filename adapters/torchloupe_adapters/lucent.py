@@ -127,23 +127,23 @@ def _parametrized(task: Task, shape: tuple[int, ...]) -> tuple[list[Tensor], Dec
     """Lucent's parameters and the function that decodes them. Raises `NotApplicable` for what Lucent does not have."""
     from lucent.optvis.param import cppn, lowres, spatial
 
-    kind = task.parametrization
+    kind, size = task.parametrization, (shape[2], shape[3])
     coarse: list[tuple[int, ...]] = []
     with _exchanged(spatial, "device", task.handle.device):
         if type(kind) is CPPN and len(task) == 1 and shape[2] == shape[3] and kind.colours is None:
             parameters, decode = cppn(shape[2], shape[1], kind.hidden, kind.layers)
             return list(parameters), decode
         if type(kind) is Pixel:
-            return spatial.pixel_image(shape, kind.sd)
-        if type(kind) is Fourier or type(kind) is Shared:
+            parameters, decode = spatial.pixel_image(shape, kind.sd)
+        elif type(kind) is Fourier or type(kind) is Shared:
             parameters, decode = spatial.fft_image(shape, kind.sd, kind.decay)
-            coarse = [(1, shape[1], *size) for size in kind.sizes(shape[2:])] if type(kind) is Shared else []
+            coarse = [(1, shape[1], *one) for one in kind.sizes(size)] if type(kind) is Shared else []
         elif type(kind) is LowRes or type(kind) is Pyramid:
-            first, *coarse = [(*shape[:2], *size) for size in kind.sizes(shape[2:])]
+            first, *coarse = [(*shape[:2], *one) for one in kind.sizes(size)]
             parameters, decode = lowres.lowres_tensor(shape, first, sd=kind.sd)
         else:
             raise NotApplicable(f"Lucent has no parametrisation {kind}; leave method= out, or take method='native'")
-        parts = [lowres.lowres_tensor(shape, size, sd=kind.sd) for size in coarse]
+        parts = [lowres.lowres_tensor(shape, one, sd=0.0) for one in coarse]
     parameters = [*parameters, *(one for more, _ in parts for one in more)]
     return parameters, lambda: sum((more() for _, more in parts), start=decode())
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from torchloupe._models import load, wrap
     from torchloupe._receptive import receptive_field
     from torchloupe._tables import methods
+    from torchloupe._visualize import visualize
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
+    from torchloupe_core import parametrizations, regularizers, transforms
     from torchloupe_core.activations import Activations
     from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         similarity,
     )
     from torchloupe_core.targets import parse as target
+    from torchloupe_core.visualization import Visualization
 
 __version__ = "0.1.0"
 
@@ -59,6 +62,7 @@ __all__ = [
     "ReceptiveField",
     "Spec",
     "Target",
+    "Visualization",
     "activations",
     "box_score",
     "channel",
@@ -75,12 +79,16 @@ __all__ = [
     "methods",
     "neuron",
     "open",
+    "parametrizations",
     "prob",
     "receptive_field",
     "region",
+    "regularizers",
     "sigmoid",
     "similarity",
     "target",
+    "transforms",
+    "visualize",
     "weights",
     "wrap",
 ]
@@ -94,6 +102,7 @@ _HOMES = {
     "Layout": "torchloupe_core.layout",
     "ReceptiveField": "torchloupe_core.receptive",
     "Spec": "torchloupe_core.spec",
+    "Visualization": "torchloupe_core.visualization",
     "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
@@ -102,8 +111,12 @@ _HOMES = {
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "open": "torchloupe_core.results:open_result",
+    "parametrizations": "torchloupe_core.parametrizations:",
     "receptive_field": "torchloupe._receptive",
+    "regularizers": "torchloupe_core.regularizers:",
     "target": f"{_TARGETS}:parse",
+    "transforms": "torchloupe_core.transforms:",
+    "visualize": "torchloupe._visualize",
     "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",
     **dict.fromkeys(("Target", "channel", "direction", "interpolate", "layer", "neuron"), _TARGETS),

@@ -7,11 +7,13 @@ import importlib.metadata
 
 __all__ = ["versions"]
 
+DISTRIBUTIONS = {"lucent": "torch-lucent"}  # where a backend's package is called otherwise
+
 
 def versions(backend: str = "native") -> dict[str, str]:
     """Of this package, of torch, and of the backend that did the work."""
     found = {}
-    for name in ["torchloupe", "torch"] + ([backend] if backend != "native" else []):
+    for name in ["torchloupe", "torch"] + ([DISTRIBUTIONS.get(backend, backend)] if backend != "native" else []):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a backend need not be a distribution
             found[name] = importlib.metadata.version(name)
     return found

@@ -54,7 +54,29 @@ def visualize(
     interruptible: bool = False,
     progress: bool | None = None,
 ) -> Visualization:
-    """n images optimised to move each target as far as it goes (Olah et al. 2017, Feature Visualization)."""
+    """n images made to move each target as far as it goes, from noise (Olah et al. 2017, Feature Visualization).
+
+    target: one or a list, n images each, in order. size: of the images, the model's own unless given, in pixels or
+    (H, W); a model of one size only is shown them resized. init: images to begin from instead of noise, pictures or
+    model inputs: one for all, n for each target's, or one for each. method: "lucent" and "native" make the same images;
+    "auto" is Lucent where it is installed and can do what is asked, and the result says which it was.
+
+    parametrization: "fourier", "pixel", "pyramid", "lowres", "shared", "cppn", or one of `tl.parametrizations`.
+    transforms: "distill" unless given, "yosinski", "none", or a list of `tl.transforms`. regularizers: none unless
+    given, "yosinski", a dict as {"tv": 0.1, "l2": 0.01}, or a list of `tl.regularizers`. diversity: weight of the
+    penalty on likeness among the n images of a target; alignment: on unlikeness of neighbouring images, for a list as
+    `tl.interpolate` gives it; both at the layers that the targets read.
+
+    read: where a unit is behind a ReLU. "auto" counts what goes into the ReLU too in the first quarter of the steps,
+    and wherever an image's gradient is zero redirects it, as Lucid does, so that a unit that is off can be switched
+    on; "pre" asks for what goes into the ReLU; "post" takes the target as it is. lr: of Adam, 0.05 unless the
+    parametrisation has its own. snapshots: steps after which images are kept. batch_size: of images at once, which
+    makes no difference but in rounding. memory_format: `torch.channels_last` may be faster; precision: as
+    `torch.bfloat16`, of autocast. interruptible: Ctrl-C ends the run early and what was made is returned.
+
+    Where the target becomes NaN the run stops, the images are the last good ones, and `stopped` says at which step.
+    Raises `NotApplicable` for a target without a gradient, `BadInput` for a size that model or memory do not allow.
+    """
     handle = opened(model, device=device, dtype=dtype, memory_format=memory_format)
     begun, forwards = time.perf_counter(), handle.forwards
     wanted = asked(target, n)
@@ -76,24 +98,27 @@ def visualize(
             seed=seed,
             snapshots=snapshots,
             precision=precision,
+            memory_format=memory_format,
             interruptible=interruptible,
+            report=report,
         )
         way, made = _made(task, method, batch_size, n if diversity else 1)
         thoughts = opinions(task, made)
     return Visualization(
-        method="visualize",
+        method=way.name,
         backend=way.backend,
         seed=seed,
         seconds=time.perf_counter() - begun,
         forwards=handle.forwards - forwards,
         versions=versions(way.backend),
-        options={},
+        options={**task.options, "read": read},
         images=pictures(made.images),
         target=texts(wanted[: len(made.images)]),
         scores=made.scores,
         losses=made.losses,
         alpha=made.alpha,
-        snapshots=None,
+        snapshots=torch.stack([pictures(one) for one in made.snapshots.values()]) if made.snapshots else None,
+        snapshot_steps=tuple(made.snapshots),
         stopped=made.stopped,
         diagnostics={"redirected": list(made.redirected), **thoughts},
     )

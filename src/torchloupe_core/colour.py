@@ -33,7 +33,8 @@ def as_colours(colours: Colours, channels: int) -> Tensor | None:
     matrix = IMAGENET if isinstance(colours, str) else torch.as_tensor(colours, dtype=torch.float32)
     if matrix.shape != (3, 3) or not matrix.isfinite().all() or torch.linalg.matrix_rank(matrix) < 3:
         raise BadInput(f"colours as a matrix are [3, 3] and can be undone; got {matrix.tolist()}")
-    return matrix / matrix.norm(dim=0).max()
+    longest: Tensor = matrix.norm(dim=0).max()
+    return matrix / longest
 
 
 def measured(images: Tensor) -> Tensor:
@@ -42,10 +43,10 @@ def measured(images: Tensor) -> Tensor:
         raise BadInput(f"colours are measured on images [N, 3, H, W]; got {list(images.shape)}")
     values = images.detach().double() / (255.0 if images.dtype == torch.uint8 else 1.0)
     pixels = values.movedim(1, 0).flatten(1)  # [3, pixels]
-    values, vectors = torch.linalg.eigh(torch.cov(pixels))
-    if values[0] <= 1e-12 * values[2]:
+    spread, vectors = torch.linalg.eigh(torch.cov(pixels))
+    if spread[0] <= 1e-12 * spread[2]:
         raise BadInput("these images have no three independent colours, as grey ones; use colours='imagenet'")
-    root = vectors * values.sqrt()
+    root: Tensor = vectors * spread.sqrt()
     root = root * root.sum(0).sign()  # an eigenvector's sign is arbitrary; brighter is more
     return root.flip(1).float()
 

@@ -161,7 +161,13 @@ def pictures(images: Tensor) -> Tensor:
 
 
 def _part(task: Task, engine: Callable[[Task], Made], start: int, stop: int) -> Made:
-    return engine(task.only(start, stop))
+    """Some of the images. Progress counts the steps of all images alike."""
+    share, done, total = stop - start, start * task.steps, len(task) * task.steps
+
+    def report(step: int, _: int, note: str) -> None:
+        task.report(done + share * step, total, note)
+
+    return engine(replace(task.only(start, stop), report=report))
 
 
 def _joined(parts: Sequence[Made]) -> Made:

@@ -76,7 +76,8 @@ class Fourier(Parametrization):
 
         def decode() -> Tensor:
             whole = torch.view_as_complex(scale * canvas.tensors[0])
-            return torch.fft.irfft2(whole, s=(height, width), norm="ortho") / MAGIC
+            values: Tensor = torch.fft.irfft2(whole, s=(height, width), norm="ortho")
+            return values / MAGIC
 
         def encode(values: Tensor) -> list[Tensor]:
             found = torch.view_as_real(torch.fft.rfft2(values * MAGIC, norm="ortho"))

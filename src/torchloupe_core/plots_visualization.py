@@ -44,7 +44,9 @@ def _draw_visualization(
     width, height = max(LEAST_WIDTH, TILE * across), (TILE * made.size[0] / made.size[1] + 0.38) * down
     extra = 1.5 if curve else 0.0
     drawing = new_figure(figsize=(width, height + extra + 0.1), layout="constrained")
-    grid = drawing.add_gridspec(down + bool(curve), across, height_ratios=[1.0] * down + [extra * down / height] * curve)
+    grid = drawing.add_gridspec(
+        down + bool(curve), across, height_ratios=[1.0] * down + [extra * down / height] * curve
+    )
     axes = [[drawing.add_subplot(grid[row, column]) for column in range(across)] for row in range(down)]
     for one in (one for row in axes for one in row):
         one.set_axis_off()

@@ -70,6 +70,6 @@ def _limits(func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[f
         return 0.0, float("inf"), in_place or bool(kwargs.get("inplace", rest[0] if rest else False))
     if func is F.relu6:
         return 0.0, 6.0, bool(kwargs.get("inplace", rest[0] if rest else False))
-    low, high, inside = (*rest, *(-1.0, 1.0, False)[len(rest) :])
-    low, high = kwargs.get("min_val", low), kwargs.get("max_val", high)
-    return float(low), float(high), in_place or bool(kwargs.get("inplace", inside))
+    given = {"min_val": -1.0, "max_val": 1.0, "inplace": False, **kwargs}
+    given.update(zip(given, rest, strict=False))
+    return float(given["min_val"]), float(given["max_val"]), in_place or bool(given["inplace"])

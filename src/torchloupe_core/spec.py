@@ -53,14 +53,14 @@ class Spec:
         return self.input_size[0] if self.input_size else None
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels `[N, C, H, W]` in [0, 1] as model inputs; as they are where mean and standard deviation are unknown."""
+        """Pixels `[N, C, H, W]` in [0, 1] as model inputs; as they are where mean and spread are unknown."""
         if self.mean is None or self.std is None:
             return pixels
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels - mean) / std
 
     def pixels(self, inputs: Tensor) -> Tensor:
-        """Model inputs `[N, C, H, W]` as pixels in [0, 1], all channels: `normalised` undone, what is outside cut off."""
+        """Model inputs `[N, C, H, W]` as pixels in [0, 1], all channels: `normalised` undone, the rest cut off."""
         if self.mean is None or self.std is None:
             return inputs.clamp(0, 1)
         mean, std = (inputs.new_tensor(values)[:, None, None] for values in (self.mean, self.std))

@@ -25,10 +25,10 @@ class Term:
 
     def penalty(self, reading: Reading) -> Tensor:
         """Each image's share, `[N]`."""
-        shares = []
-        for layer in self.layers:
-            groups = reading.map(layer).unflatten(0, (-1, self.group))
-            shares.append(torch.cat([self.share(maps) for maps in groups.unbind()]))
+        shares = [
+            torch.cat([self.share(maps) for maps in torch.split(reading.map(layer), self.group)])
+            for layer in self.layers
+        ]
         return self.weight * torch.stack(shares).sum(0)
 
     def share(self, maps: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ class Task:
     warm: int = 0
     snapshots: tuple[int, ...] = ()
     precision: torch.dtype | None = None
-    memory_format: torch.memory_format = torch.contiguous_format
+    memory_format: torch.memory_format | None = None
     interruptible: bool = False
-    report: Callable[[int, float], None] = lambda step, value: None
+    report: Callable[[int, int, str], None] = lambda done, total, note: None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -74,10 +74,19 @@ class Task:
         """Of the numbers optimised: single precision, or double where the model computes in it."""
         return torch.promote_types(self.handle.dtype, torch.float32)
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What was asked, in numbers and words."""
+        kinds = {name: [str(one) for one in getattr(self, name)] for name in ("transforms", "regularizers", "terms")}
+        facts = {"steps": self.steps, "lr": self.lr, "size": list(self.shape[1:]), "shown": list(self.shown)}
+        return {**facts, "parametrization": str(self.parametrization), **kinds}
+
     def only(self, start: int, stop: int) -> Task:
         """The task of making some of the images."""
         begin = None if self.begin is None else self.begin[start:stop]
-        return replace(self, targets=self.targets[start:stop], early=self.early[start:stop], begin=begin, first=self.first + start)
+        return replace(
+            self, targets=self.targets[start:stop], early=self.early[start:stop], begin=begin, first=self.first + start
+        )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Watch]:
@@ -155,8 +164,8 @@ class Run:
     def loss(self, views: Tensor, images: Tensor) -> Tensor:
         """A number whose gradient at views and images is that of what is to be minimised.
 
-        Its own value means nothing: the objective's gradient was taken already, at what is shown. Raises `Stopped` where
-        the objective or its gradient is not finite, `NotApplicable` where there is no gradient to begin with.
+        Its own value means nothing: the objective's gradient was taken already, at what is shown. Raises `Stopped`
+        where the objective or its gradient is not finite, `NotApplicable` where there is no gradient to begin with.
         """
         losses, pull = self._objective(views.detach())
         total = -(views * pull.to(views)).sum()
@@ -174,7 +183,7 @@ class Run:
         self.step += 1
         if self.step in self.task.snapshots:
             self._snapshots[self.step] = self.canvas.images().detach().cpu()
-        self.task.report(self.step, -float(self._losses[-1].mean()))
+        self.task.report(self.step, self.task.steps, f"objective {-self._losses[-1].mean():.4g}")
 
     def made(self) -> Made:
         """The images as they are now, or, where they are no good, as they last were."""
@@ -211,7 +220,7 @@ class Run:
 
     def _with_a_gradient(self, leaf: Tensor, pull: Tensor) -> Tensor:
         """The gradient, exchanged for a redirected one where an image has none."""
-        dead = ~pull.unflatten(0, (-1, len(self.task))).flatten(2).any(2).any(0)  # [n]
+        dead = ~self._moved(pull)
         if not bool(dead.any()):
             return pull
         if self.task.redirect:
@@ -224,8 +233,12 @@ class Run:
             self._require_a_gradient(pull)
         return pull
 
+    def _moved(self, pull: Tensor) -> Tensor:
+        """`[n]` bool: whether an image's gradient is not zero everywhere, in all its views."""
+        return pull.flatten(1).any(1).view(-1, len(self.task)).any(0)
+
     def _require_a_gradient(self, pull: Tensor) -> None:
-        moved = pull.unflatten(0, (-1, len(self.task))).flatten(2).any(2).any(0)
+        moved = self._moved(pull)
         if bool(moved.all()):
             return
         target = self.task.targets[int((~moved).nonzero()[0])].target
@@ -256,7 +269,7 @@ class Run:
         task = self.task
         inputs = task.handle.spec.normalised(views).to(task.handle.dtype)
         with torch.autocast(task.handle.device.type, task.precision, enabled=task.precision is not None):
-            output = self.watch(inputs.contiguous(memory_format=task.memory_format))
+            output = self.watch(inputs.contiguous(memory_format=task.memory_format or torch.contiguous_format))
         return Reading(task.handle, self.watch, output), len(views) // len(task)
 
     def _require_finite(self, losses: Tensor, pull: Tensor) -> None:
