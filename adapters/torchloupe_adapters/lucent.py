@@ -12,11 +12,11 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchloupe_core.adam import Adam
 from torchloupe_core.canvas import Canvas
 from torchloupe_core.colour import mixed
 from torchloupe_core.errors import MissingDependency, NotApplicable
@@ -26,7 +26,6 @@ from torchloupe_core.registry import method
 
 __all__ = ["lucent"]
 
-Parameters = Sequence[Tensor]
 Decode = Callable[[], Tensor]
 
 
@@ -60,7 +59,7 @@ def lucent(task: Task) -> Made:
                 seen,
                 objective,
                 param_f=lambda: (canvas.parameters, canvas.images),
-                optimizer=lambda parameters: _Counting(run, parameters, task.lr),
+                optimizer=lambda parameters: _Optimizer(run, parameters, task.lr),
                 transforms=[run.views],
                 thresholds=(task.steps,),
                 preprocess=False,
@@ -85,17 +84,19 @@ class _Seen(nn.Module):
         self.views = views
 
 
-class _Counting:
-    """The optimiser as Lucent calls it, telling the run of each step."""
+class _Optimizer:
+    """Adam as Lucent calls an optimiser, telling the run of each step."""
 
-    def __init__(self, run: Run, parameters: Parameters, lr: float) -> None:
-        self.run, self.adam = run, torch.optim.Adam(parameters, lr=lr)
+    def __init__(self, run: Run, parameters: Sequence[Tensor], lr: float) -> None:
+        self.run, self.parameters, self.adam = run, parameters, Adam(parameters, lr)
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
 
-    def step(self, closure: Callable[[], Any]) -> None:
-        self.adam.step(closure)
+    def step(self, closure: Callable[[], Tensor]) -> None:
+        closure()
+        self.adam.step([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.run.stepped()
 
 

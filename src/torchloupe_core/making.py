@@ -28,7 +28,7 @@ __all__ = ["Size", "asked", "commissioned", "made_of", "opinions", "pictures"]
 Size = int | tuple[int, int] | None
 
 MOST_OPINIONS = 5
-WARM = 4  # units are read before their ReLU too in the first of so many parts of the steps
+WARM, WARMEST = 4, 64  # units are read before their ReLU too in the first quarter of the steps, or the first 64
 
 
 def asked(target: TargetLike | Sequence[TargetLike], n: int) -> list[Target]:
@@ -93,7 +93,7 @@ def commissioned(
         lr=step_size,
         redirect=read != "post",
         early=early,
-        warm=steps // WARM if early else 0,
+        warm=min(steps, max(steps // WARM, WARMEST)) if early else 0,
         snapshots=kept,
         **options,
     )

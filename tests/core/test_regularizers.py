@@ -82,7 +82,7 @@ def test_the_pyramid_evens_out_scales() -> None:
     given = coarse + 0.01 * fine
     found = GradientPyramid(4).filtered(coarse, given)
     before, after = ((one * fine).mean() / one.std() for one in (given, found))
-    assert found.isfinite().all() and after > 4 * before  # what is fine counts more
+    assert found.isfinite().all() and after > 2 * before  # what is fine counts more
     assert GradientPyramid(4).filtered(coarse, torch.zeros(1, 3, 32, 32)).isfinite().all()
     twice = GradientPyramid(4).filtered(coarse, 2 * given)
     torch.testing.assert_close(twice, found)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchloupe_core.adam import Adam
 from torchloupe_core.canvas import Canvas, Draw
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape, pick
@@ -213,7 +214,7 @@ class Run:
         leaf = views.requires_grad_(True)
         with torch.enable_grad():
             values, penalties = self._values(leaf, self.task.terms)
-            (pull,) = torch.autograd.grad((values - penalties).sum(), leaf)
+            pull = _gradient(values - penalties, leaf)
         if self.task.redirect or self.step == 0:
             pull = self._with_a_gradient(leaf, pull)
         return (penalties - values).detach(), pull
@@ -226,7 +227,7 @@ class Run:
         if self.task.redirect:
             with torch.enable_grad(), Redirected():
                 values, penalties = self._values(leaf, self.task.terms)
-                (redirected,) = torch.autograd.grad((values - penalties).sum(), leaf)
+                redirected = _gradient(values - penalties, leaf)
             self._redirected += dead.cpu()
             pull = torch.where(dead.repeat(len(pull) // len(dead)).view(-1, 1, 1, 1), redirected, pull)
         if self.step == 0:
@@ -297,7 +298,7 @@ def native(task: Task) -> Made:
     """The loop in plain torch."""
     with task.watched() as watch:
         run = Run(task, watch, task.canvas())
-        optimizer = torch.optim.Adam(run.canvas.tensors, lr=task.lr)
+        optimizer = Adam(run.canvas.tensors, task.lr)
         with run.under_way():
             while run.step < task.steps:
                 _step(run, optimizer)
@@ -305,19 +306,24 @@ def native(task: Task) -> Made:
         return run.made()
 
 
-def _step(run: Run, optimizer: torch.optim.Optimizer) -> None:
+def _step(run: Run, optimizer: Adam) -> None:
     canvas, regularizers = run.canvas, run.task.regularizers
     with torch.enable_grad():
         images = canvas.images()
         (gradient,) = torch.autograd.grad(run.loss(run.views(images), images), images)
-    for one in regularizers:
-        gradient = one.filtered(images.detach(), gradient)
-    steepest = torch.autograd.grad(images, canvas.tensors, gradient)
-    for tensor, found in zip(canvas.tensors, steepest, strict=True):
-        tensor.grad = found
-    optimizer.step()
+        for one in regularizers:
+            gradient = one.filtered(images.detach(), gradient)
+        optimizer.step(torch.autograd.grad((images * gradient).sum(), canvas.tensors))
     for one in regularizers:
         if one.on_image:
             changed = one.projected(canvas.images().detach(), gradient, run.step + 1)
             if changed is not None:
                 canvas.paint(changed)
+
+
+def _gradient(values: Tensor, leaf: Tensor) -> Tensor:
+    """Of the sum of values; zero where they do not depend on the leaf at all."""
+    if not values.requires_grad:
+        return torch.zeros_like(leaf)
+    (found,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True, materialize_grads=True)
+    return found
