@@ -29,9 +29,9 @@ def demo() -> Any:
 
 
 def test_both_engines_make_the_same_image(demo: Any) -> None:
-    targets = ["logit:fish", "layer2:0", "layer3:1", "-layer2:3", "0.5*layer2:4+0.5*layer2:6"]
+    targets = ["logit:fish", "layer3:1", "-layer2:3", "0.5*layer2:4+0.5*layer2:6"]
     native, lucent = (
-        tl.visualize(demo, targets, method=method, steps=60, seed=3, progress=False) for method in ("native", "lucent")
+        tl.visualize(demo, targets, method=method, steps=40, seed=3, progress=False) for method in ("native", "lucent")
     )
     assert (native.images - lucent.images).abs().max() < 1e-3
     assert (native.images - 0.5).abs().mean() > 0.05  # and not because nothing happened
@@ -57,7 +57,7 @@ def test_every_parametrisation_that_lucent_has(kind: Parametrization) -> None:
 def test_every_kind_of_model(specimen: str) -> None:
     handle, _ = SPECIMENS[specimen]()
     layer = handle.features
-    options = {"n": 2, "diversity": 0.5, "size": None if handle.spec.fixed_size else (30, 34), **QUICK}
+    options = {"n": 2, "diversity": 0.5, "size": (32, 48) if specimen != "vit_registers" else None, **QUICK}
     native, lucent = (tl.visualize(handle, f"{layer}:2", method=method, **options) for method in ("native", "lucent"))
     assert (native.images - lucent.images).abs().max() < 1e-3
 
