@@ -38,6 +38,7 @@ HOMES = {
     "click": {
         "torchloupe/cli.py",
         "torchloupe/cli_looking.py",
+        "torchloupe/cli_making.py",
         "torchloupe_adapters/demo/train.py",
     },  # each a command of its own
     "matplotlib": {"torchloupe_core/plots.py"},

@@ -408,4 +408,4 @@ def _table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-from torchloupe import cli_looking  # noqa: E402, F401  (commands of their own file, which need what is above)
+from torchloupe import cli_looking, cli_making  # noqa: E402, F401  (commands of files that need what is above)

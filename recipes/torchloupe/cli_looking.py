@@ -211,14 +211,14 @@ class _Maps:
         return f"activations: {len(self.seen - self.failed)} written{failed}"
 
 
-def _written(found: Result, stem: Path) -> tuple[Path, Path]:
+def _written(found: Result, stem: Path, **drawn: Any) -> tuple[Path, Path]:
     """The drawing and the data of a result, side by side."""
     import io
 
     from torchloupe_core.results import write_whole
 
     drawing = io.BytesIO()
-    found.figure().savefig(drawing, format="png", dpi=100)
+    found.figure(**drawn).savefig(drawing, format="png", dpi=100)
     npz = found.save(stem.with_name(stem.name + ".npz"))
     png = stem.with_name(stem.name + ".png")
     write_whole(png, drawing.getvalue())

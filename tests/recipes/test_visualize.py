@@ -272,8 +272,8 @@ def test_regularizers_do_what_they_say() -> None:
     assert ((clipped - 0.5).abs().amax(1) < 1e-3).float().mean().item() == pytest.approx(0.3, abs=0.01)
     historic = tl.visualize(handle, "layer2:5", steps=20, transforms="yosinski", regularizers="yosinski", **NATIVE)
     assert ((historic.images - 0.5).abs().amax(1) < 1e-3).float().mean().item() > 0.09
-    loss = tl.visualize(handle, "layer2:5", steps=1, regularizers={"l2": 100.0}, **{**PLAIN, "read": "post"}).losses
-    start = tl.visualize(handle, "layer2:5", steps=1, **{**PLAIN, "read": "post"}).losses
+    loss = tl.visualize(handle, "logit:cat", steps=1, regularizers={"l2": 100.0}, **{**PLAIN, "read": "post"}).losses
+    start = tl.visualize(handle, "logit:cat", steps=1, **{**PLAIN, "read": "post"}).losses
     assert 0 < (loss - start).item() < 0.1  # the penalty of the faint noise at the start
 
 
