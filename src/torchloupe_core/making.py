@@ -64,7 +64,8 @@ def commissioned(
         raise BadInput(f"steps is at least 1; got {steps}")
     if read not in ("auto", "pre", "post"):
         raise BadInput(f'read is "auto", "pre" or "post"; got {read!r}')
-    kind, looks = as_parametrization(parametrization), as_transforms("distill" if transforms is None else transforms)
+    kind = as_parametrization(parametrization)
+    looks = as_transforms("distill" if transforms is None else transforms)
     begin = None if init is None else handle.spec.pixels(handle.inputs(init))
     shape = _shape(handle, size, begin)
     shown = _shown(handle, shape, looks)

@@ -49,11 +49,12 @@ class Parametrization:
     """How images `[n, C, H, W]` are made of numbers. colours: how channels go together, see `colour.as_colours`.
 
     coupled: whether the images of a batch share numbers, so that they are made together. lr: the step size of Adam
-    that suits it.
+    that suits it. transparent: whether the run tells how much it was about each pixel.
     """
 
     coupled: ClassVar[bool] = False
     lr: ClassVar[float] = 0.05
+    transparent: ClassVar[bool] = False
 
     def canvas(self, draw: Draw, shape: Shape, device: torch.device, dtype: torch.dtype) -> Canvas:
         """The numbers at the start, at random, for as many images of shape (C, H, W) as there are draws."""
@@ -237,6 +238,12 @@ class CPPN(Parametrization):
         return canvas
 
 
+def _maco() -> Parametrization:
+    from torchloupe_core.maco import MaCo  # which is one of these
+
+    return MaCo()
+
+
 PARAMETRIZATIONS: Mapping[str, Callable[[], Parametrization]] = {
     "fourier": Fourier,
     "pixel": Pixel,
@@ -244,6 +251,7 @@ PARAMETRIZATIONS: Mapping[str, Callable[[], Parametrization]] = {
     "lowres": LowRes,
     "shared": Shared,
     "cppn": CPPN,
+    "maco": _maco,
 }
 ParametrizationLike = str | Parametrization
 

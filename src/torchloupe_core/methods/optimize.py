@@ -30,6 +30,8 @@ from torchloupe_core.watch import Watch
 
 __all__ = ["Made", "Read", "Run", "Stopped", "Task", "native"]
 
+OPAQUE = 0.8  # the quantile of what a pixel mattered from which on it is opaque
+
 Read = Literal["auto", "pre", "post"]
 
 
@@ -146,6 +148,7 @@ class Run:
         self.step, self.stopped, self.interrupted = 0, "", False
         self._losses: list[Tensor] = []
         self._snapshots: dict[int, Tensor] = {}
+        self._about: Tensor | None = None
         self._redirected = torch.zeros(len(task), dtype=torch.long)
         self._good = canvas.kept()  # the last numbers whose objective was finite
 
@@ -179,6 +182,11 @@ class Run:
         self._good = self.canvas.kept()
         return total
 
+    def about(self, gradient: Tensor) -> None:
+        """Takes note of where the gradient at the images is large."""
+        strength = gradient.detach().abs().mean(1, keepdim=True)
+        self._about = strength if self._about is None else self._about + strength
+
     def stepped(self) -> None:
         """One step is made."""
         self.step += 1
@@ -197,6 +205,7 @@ class Run:
             images.float().cpu(),
             scores.float().cpu(),
             losses.float().cpu(),
+            None if self._about is None else _opacity(self._about.float().cpu()),
             snapshots={step: found.float() for step, found in self._snapshots.items()},
             redirected=tuple(self._redirected.tolist()),
             stopped=self.stopped,
@@ -311,6 +320,8 @@ def _step(run: Run, optimizer: Adam) -> None:
     with torch.enable_grad():
         images = canvas.images()
         (gradient,) = torch.autograd.grad(run.loss(run.views(images), images), images)
+        if run.task.parametrization.transparent:
+            run.about(gradient)
         for one in regularizers:
             gradient = one.filtered(images.detach(), gradient)
         optimizer.step(torch.autograd.grad((images * gradient).sum(), canvas.tensors))
@@ -319,6 +330,13 @@ def _step(run: Run, optimizer: Adam) -> None:
             changed = one.projected(canvas.images().detach(), gradient, run.step + 1)
             if changed is not None:
                 canvas.paint(changed)
+
+
+def _opacity(strength: Tensor) -> Tensor:
+    """`[n, 1, H, W]` in [0, 1]: what matters in proportion to its share, the strongest fifth of the pixels in full."""
+    ordered = strength.flatten(1).sort(1).values
+    full = ordered[:, int(OPAQUE * (ordered.shape[1] - 1))].view(-1, 1, 1, 1)
+    return (strength / full.clamp(min=1e-12)).clamp(0, 1)
 
 
 def _gradient(values: Tensor, leaf: Tensor) -> Tensor:
