@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +13,19 @@ from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
-from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
+from torchloupe_core.errors import MissingDependency, NotApplicable
+from torchloupe_core.handle import Handle
 from torchloupe_core.making import Size, asked, commissioned, made_of, opinions, pictures
 from torchloupe_core.methods.optimize import Made, Read, Task
 from torchloupe_core.parametrizations import ParametrizationLike
 from torchloupe_core.registry import Method
 from torchloupe_core.regularizers import RegularizersLike
 from torchloupe_core.results import texts
-from torchloupe_core.targets import TargetLike
+from torchloupe_core.targets import Target, TargetLike
 from torchloupe_core.transforms import TransformsLike
 from torchloupe_core.visualization import Visualization
 
-__all__ = ["visualize"]
+__all__ = ["rendered", "visualize"]
 
 PREFERRED = ("lucent", "native")  # what "auto" tries, in order
 
@@ -77,46 +79,54 @@ def visualize(
     Where the target becomes NaN the run stops, the images are the last good ones, and `stopped` says at which step.
     Raises `NotApplicable` for a target without a gradient, `BadInput` for a size that model or memory do not allow.
     """
+    options = {"size": size, "init": init, "parametrization": parametrization, "transforms": transforms}
+    options |= {"regularizers": regularizers, "diversity": diversity, "alignment": alignment, "read": read, "lr": lr}
+    options |= {"snapshots": snapshots, "precision": precision, "interruptible": interruptible}
     handle = opened(model, device=device, dtype=dtype, memory_format=memory_format)
+    return rendered(
+        handle,
+        asked(target, n),
+        method=method,
+        batch_size=batch_size,
+        progress=progress,
+        n=n,
+        steps=steps,
+        seed=seed,
+        memory_format=memory_format,
+        **options,
+    )
+
+
+def rendered(
+    handle: Handle,
+    wanted: Sequence[Target],
+    *,
+    method: str = "auto",
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Visualization:
+    """An image for each target, by an engine. options: of the task, see `making.commissioned`."""
     begun, forwards = time.perf_counter(), handle.forwards
-    wanted = asked(target, n)
     with handle.borrow(), progress_bar("visualize", "steps", progress) as report:
-        task = commissioned(
-            handle,
-            wanted,
-            n=n,
-            steps=steps,
-            size=size,
-            init=init,
-            parametrization=parametrization,
-            transforms=transforms,
-            regularizers=regularizers,
-            diversity=diversity,
-            alignment=alignment,
-            read=read,
-            lr=lr,
-            seed=seed,
-            snapshots=snapshots,
-            precision=precision,
-            memory_format=memory_format,
-            interruptible=interruptible,
-            report=report,
-        )
-        way, made = _made(task, method, batch_size, n if diversity else 1)
+        task = commissioned(handle, wanted, report=report, **options)
+        way, made = _made(task, method, batch_size)
         thoughts = opinions(task, made)
+    given = task.begin if task.reference is None else task.reference
     return Visualization(
         method=way.name,
         backend=way.backend,
-        seed=seed,
+        seed=task.seed,
         seconds=time.perf_counter() - begun,
         forwards=handle.forwards - forwards,
         versions=versions(way.backend),
-        options={**task.options, "read": read},
+        options={**task.options, "read": options.get("read", "auto")},
         images=pictures(made.images),
         target=texts(wanted[: len(made.images)]),
         scores=made.scores,
         losses=made.losses,
         alpha=made.alpha,
+        given=None if given is None else pictures(given[: len(made.images)].float().cpu()),
         snapshots=torch.stack([pictures(one) for one in made.snapshots.values()]) if made.snapshots else None,
         snapshot_steps=tuple(made.snapshots),
         stopped=made.stopped,
@@ -124,14 +134,12 @@ def visualize(
     )
 
 
-def _made(task: Task, method: str, batch_size: int | None, group: int) -> tuple[Method, Made]:
+def _made(task: Task, method: str, batch_size: int | None) -> tuple[Method, Made]:
     """Who made it, and what: by the method asked for, or by the first of the preferred that can do the task."""
-    names = PREFERRED if method == "auto" else (method,)
-    for name in names:
+    *others, last = PREFERRED if method == "auto" else (method,)
+    for name in others:
         way = registry.find("visualize", name)
-        try:
-            return way, made_of(task, way.run, batch_size, group)
-        except (MissingDependency, NotApplicable):
-            if name == names[-1]:
-                raise
-    raise BadInput("no method was given")
+        with contextlib.suppress(MissingDependency, NotApplicable):
+            return way, made_of(task, way.run, batch_size)
+    way = registry.find("visualize", last)
+    return way, made_of(task, way.run, batch_size)

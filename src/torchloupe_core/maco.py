@@ -112,4 +112,5 @@ def _sized(magnitude: Tensor, channels: int, size: Size) -> Tensor:
         raise BadInput(f"magnitude is finite numbers [{channels}, H, W // 2 + 1]; got {list(magnitude.shape)}")
     rows = torch.fft.fftshift(magnitude, dim=1)[None]
     resized = F.interpolate(rows, size=(size[0], size[1] // 2 + 1), mode="bilinear", align_corners=True)[0]
-    return torch.fft.ifftshift(resized, dim=1).expand(channels, -1, -1).clone()
+    found: Tensor = torch.fft.ifftshift(resized, dim=1)
+    return found.expand(channels, -1, -1).clone()

@@ -53,21 +53,26 @@ def commissioned(
     regularizers: RegularizersLike = None,
     diversity: float = 0.0,
     alignment: float = 0.0,
+    terms: Sequence[Term] = (),
+    compare: Any = None,
     read: Read = "auto",
     lr: float | None = None,
     steps: int = 512,
     snapshots: Sequence[int] = (),
     **options: Any,
 ) -> Task:
-    """The task of making an image for each target, everything checked. The model is already borrowed."""
+    """The task of making an image for each target, everything checked. The model is already borrowed.
+
+    terms: more of them; compare: the images they compare with, given as `init` is, whose size is taken too.
+    """
     if steps < 1:
         raise BadInput(f"steps is at least 1; got {steps}")
     if read not in ("auto", "pre", "post"):
         raise BadInput(f'read is "auto", "pre" or "post"; got {read!r}')
     kind = as_parametrization(parametrization)
     looks = as_transforms("distill" if transforms is None else transforms)
-    begin = None if init is None else handle.spec.pixels(handle.inputs(init))
-    shape = _shape(handle, size, begin)
+    begin, given = (None if one is None else handle.spec.pixels(handle.inputs(one)) for one in (init, compare))
+    shape = _shape(handle, size, begin if given is None else given)
     shown = _shown(handle, shape, looks)
     seen_shape = (shape[0], *shown)
     _require_runs(handle, seen_shape)
@@ -88,8 +93,9 @@ def commissioned(
         kind,
         looks,
         as_regularizers(regularizers),
-        _terms(handle, targets, n, seen_shape, diversity, alignment),
-        None if begin is None else _one_for_each(begin, shape, len(targets), n),
+        (*terms, *_terms(handle, targets, n, seen_shape, diversity, alignment)),
+        reference=None if given is None else _one_for_each(given, shape, len(targets), n),
+        begin=None if begin is None else _one_for_each(begin, shape, len(targets), n),
         steps=steps,
         lr=step_size,
         redirect=read != "post",
@@ -100,14 +106,12 @@ def commissioned(
     )
 
 
-def made_of(task: Task, engine: Callable[[Task], Made], batch_size: int | None, group: int) -> Made:
+def made_of(task: Task, engine: Callable[[Task], Made], batch_size: int | None) -> Made:
     """What an engine makes of a task, so many images at once; those that belong together always at once.
 
-    A batch too large for the memory is halved and begun anew. group: how many images in a row belong together.
+    A batch too large for the memory is halved and begun anew.
     """
-    count, parts = len(task), []
-    if task.parametrization.coupled:
-        group = count
+    count, group, parts = len(task), task.group, []
     if batch_size is not None and not (batch_size >= 1 and (group == 1 or batch_size >= group)):
         raise BadInput(f"batch_size is at least {group}, as many as are compared with each other; got {batch_size}")
     size = Pace.beginning(*task.shown, task.handle.device).size if batch_size is None else batch_size

@@ -29,18 +29,16 @@ def _draw_visualization(
     curve: bool = False,
     alpha: bool | None = None,
 ) -> tuple[Any, Any]:
-    """The images with their targets and values; with snapshots a row for each image, through the steps.
+    """The images with their targets and values; a row for each where there is what it was made from, or snapshots.
 
     curve: what was minimised, step by step, below. alpha: pixels that mattered little fade into white; by default where
     the result knows it.
     """
-    shown = min(len(made), most if made.snapshots is None else min(most, MOST_ROWS))
+    before = _before(made)
+    shown = min(len(made), min(most, MOST_ROWS) if before else most)
     fades = made.alpha is not None if alpha is None else alpha
-    if made.snapshots is None:
-        across = columns or _columns(shown)
-        down = math.ceil(shown / across)
-    else:
-        across, down = len(made.snapshot_steps) + 1, shown
+    across = len(before) + 1 if before else columns or _columns(shown)
+    down = shown if before else math.ceil(shown / across)
     width, height = max(LEAST_WIDTH, TILE * across), (TILE * made.size[0] / made.size[1] + 0.38) * down
     extra = 1.5 if curve else 0.0
     drawing = new_figure(figsize=(width, height + extra + 0.1), layout="constrained")
@@ -51,11 +49,10 @@ def _draw_visualization(
     for one in (one for row in axes for one in row):
         one.set_axis_off()
     for index in range(shown):
-        row, column = divmod(index, across) if made.snapshots is None else (index, across - 1)
+        row, column = (index, across - 1) if before else divmod(index, across)
         _show(axes[row][column], _faded(made, index) if fades else made.images[index], _title(made, index))
-        if made.snapshots is not None:
-            for place, step in enumerate(made.snapshot_steps):
-                _show(axes[index][place], made.snapshots[place, index], f"step {step}")
+        for place, (name, images) in enumerate(before):
+            _show(axes[index][place], images[index], name)
     if curve:
         _curve(drawing.add_subplot(grid[down, :]), made, shown)
     note = [f"{shown} of {len(made)} images"] if shown < len(made) else []
@@ -64,6 +61,14 @@ def _draw_visualization(
     if note:
         drawing.supxlabel(plots.escaped("; ".join(note)), fontsize=7)
     return drawing, axes
+
+
+def _before(made: Visualization) -> list[tuple[str, Tensor]]:
+    """What came before the images, in order."""
+    found = [] if made.given is None else [("given", made.given)]
+    if made.snapshots is not None:
+        found += [(f"step {step}", made.at(step)) for step in made.snapshot_steps]
+    return found
 
 
 def _columns(count: int) -> int:

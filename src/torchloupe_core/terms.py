@@ -1,15 +1,17 @@
-"""Penalties on activations that compare the images of a batch: diversity and alignment."""
+"""Penalties on activations that compare images, with each other or with a given one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torchloupe_core.atoms import COSINE_FLOOR, NORM_EPSILON
 from torchloupe_core.handle import Reading
 
-__all__ = ["Alignment", "Diversity", "Term", "similarity", "unlikeness"]
+__all__ = ["Alignment", "Caricature", "Diversity", "Nearness", "Term", "similarity", "unlikeness"]
 
 REACH = 4  # how many neighbours on are compared in alignment
 TINY = 1e-12  # under roots and fractions: an image that excites nothing resembles nothing
@@ -20,11 +22,11 @@ class Term:
     """A penalty read from layers, times a weight. group: how many images in a row are compared with each other."""
 
     layers: tuple[str, ...]
-    weight: float
-    group: int
+    weight: float = 1.0
+    group: int = 1
 
-    def penalty(self, reading: Reading) -> Tensor:
-        """Each image's share, `[N]`."""
+    def penalty(self, reading: Reading, reference: Mapping[str, Tensor]) -> Tensor:
+        """Each image's share, `[N]`. reference: the layers' maps for images to compare with, where there are any."""
         shares = [
             torch.cat([self.share(maps) for maps in torch.split(reading.map(layer), self.group)])
             for layer in self.layers
@@ -50,6 +52,41 @@ class Alignment(Term):
 
     def share(self, maps: Tensor) -> Tensor:
         return unlikeness(maps)
+
+
+@dataclass(frozen=True)
+class Nearness(Term):
+    """How far the layers' activations are from those of the image given, relative to these (Hamblin 2024).
+
+    `mean((a - a0)^2) / mean(a0^2)`, with the same transforms at each step.
+    """
+
+    def penalty(self, reading: Reading, reference: Mapping[str, Tensor]) -> Tensor:
+        shares = []
+        for layer in self.layers:
+            given = reference[layer]
+            scale = given.square().mean((1, 2, 3)).clamp(min=TINY)
+            shares.append((reading.map(layer) - given).square().mean((1, 2, 3)) / scale)
+        return self.weight * torch.stack(shares).sum(0)
+
+
+@dataclass(frozen=True)
+class Caricature(Term):
+    """The negative of how much the layers' activations are those of the image given, and more of them.
+
+    The mean over positions of `dot * max(0.1, cosine) ** power`, as of a direction, which here is each position's own
+    activation for the image given (Olah et al. 2018, The Building Blocks of Interpretability).
+    """
+
+    power: float = 1.0
+
+    def penalty(self, reading: Reading, reference: Mapping[str, Tensor]) -> Tensor:
+        return -self.weight * torch.stack([self._along(reading.map(one), reference[one]) for one in self.layers]).sum(0)
+
+    def _along(self, maps: Tensor, given: Tensor) -> Tensor:
+        dot = (maps * given).sum(1)  # [N, h, w]
+        norms = (maps.square().sum(1) + NORM_EPSILON).sqrt() * (given.square().sum(1) + NORM_EPSILON).sqrt()
+        return (dot * (dot / norms).clamp(min=COSINE_FLOOR) ** self.power).mean((1, 2))
 
 
 def similarity(maps: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ class Visualization(Result):
     images: `[n, 3, H, W]` in [0, 1]. target: its canonical text, or one text for each image. scores: the target's value
     for each image as it is, `[n]`. losses: `[n, steps]`, what was minimised at each step, on the images as transformed
     then: the target's negative and the penalties. alpha: `[n, 1, H, W]` in [0, 1], how much the optimisation was about
-    each pixel, where the parametrisation tells. snapshots: `[s, n, 3, H, W]`, the images after `snapshot_steps`.
+    each pixel, where the parametrisation tells. given: `[n, 3, H, W]`, the images it began from or was compared with.
+    snapshots: `[s, n, 3, H, W]`, the images after `snapshot_steps`.
     stopped: why the run ended before its last step, "" if it did not. diagnostics: what else is known of the run; a
     list holds one entry for each image. Of them `redirected` counts the steps in which an image's gradient was zero
     and a redirected one was taken, and `seen_as` and `units` say what other units think of the image.
@@ -34,6 +35,7 @@ class Visualization(Result):
     scores: Tensor
     losses: Tensor
     alpha: Tensor | None = None
+    given: Tensor | None = None
     snapshots: Tensor | None = None
     snapshot_steps: tuple[int, ...] = ()
     stopped: str = ""
@@ -53,6 +55,7 @@ class Visualization(Result):
             scores=self.scores[one],
             losses=self.losses[one],
             alpha=None if self.alpha is None else self.alpha[one],
+            given=None if self.given is None else self.given[one],
             snapshots=None if self.snapshots is None else self.snapshots[:, one],
             diagnostics={
                 name: value[one] if isinstance(value, list) else value for name, value in self.diagnostics.items()

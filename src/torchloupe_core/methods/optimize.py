@@ -40,7 +40,8 @@ class Task:
     """Images to make, one for each bound target, as an engine sees them. The model is already borrowed.
 
     shape: (C, H, W) of the images; shown: (h, w) of what the network sees. begin: images `[n, C, H, W]` in [0, 1] to
-    start from instead of noise. terms: penalties on activations. first: the number of the first of these images among
+    start from instead of noise. terms: penalties on activations; reference: images `[n, C, H, W]` they compare with;
+    aim: what the target itself counts beside them. first: the number of the first of these images among
     all that were asked for, which its random numbers depend on. redirect: whether a gradient that is zero is replaced.
     early: the same targets read before their ReLU, which count too in the first `warm` steps, less and less, so that
     positions where a unit is off take part at first.
@@ -55,6 +56,8 @@ class Task:
     transforms: Sequence[Transform] = ()
     regularizers: Sequence[Regularizer] = ()
     terms: Sequence[Term] = ()
+    reference: Tensor | None = None
+    aim: float = 1.0
     begin: Tensor | None = None
     steps: int = 512
     lr: float = 0.05
@@ -78,6 +81,11 @@ class Task:
         return torch.promote_types(self.handle.dtype, torch.float32)
 
     @property
+    def group(self) -> int:
+        """How many images in a row have to be made together."""
+        return len(self) if self.parametrization.coupled else max([1, *(term.group for term in self.terms)])
+
+    @property
     def options(self) -> dict[str, object]:
         """What was asked, in numbers and words."""
         kinds = {name: [str(one) for one in getattr(self, name)] for name in ("transforms", "regularizers", "terms")}
@@ -86,10 +94,9 @@ class Task:
 
     def only(self, start: int, stop: int) -> Task:
         """The task of making some of the images."""
-        begin = None if self.begin is None else self.begin[start:stop]
-        return replace(
-            self, targets=self.targets[start:stop], early=self.early[start:stop], begin=begin, first=self.first + start
-        )
+        cut = {name: getattr(self, name) for name in ("targets", "early", "begin", "reference")}
+        cut = {name: None if each is None else each[start:stop] for name, each in cut.items()}
+        return replace(self, **cut, first=self.first + start)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Watch]:
@@ -144,13 +151,19 @@ class Run:
 
     def __init__(self, task: Task, watch: Watch, canvas: Canvas) -> None:
         self.task, self.watch, self.canvas = task, watch, canvas
-        self.views = Views(task.transforms, task.shape[1:], task.shown, task.seed)
+        self._views = Views(task.transforms, task.shape[1:], task.shown, task.seed)
         self.step, self.stopped, self.interrupted = 0, "", False
         self._losses: list[Tensor] = []
         self._snapshots: dict[int, Tensor] = {}
         self._about: Tensor | None = None
+        self._device, self._model_dtype, self._dtype = (
+            task.handle.device,
+            task.handle.dtype,
+            task.dtype,
+        )  # looked up once
         self._redirected = torch.zeros(len(task), dtype=torch.long)
-        self._good = canvas.kept()  # the last numbers whose objective was finite
+        self._reference: dict[str, Tensor] = {}
+        self._good = self._latest = canvas.kept()  # the last numbers whose objective was finite; those after a step
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
@@ -162,8 +175,20 @@ class Run:
         except KeyboardInterrupt:
             if not self.task.interruptible or self.step == 0:
                 raise
-            self.interrupted = True
-            self._stop(f"interrupted after step {self.step}")
+            self.interrupted, self.stopped = True, f"interrupted after step {self.step}"
+            self.canvas.go_back(self._latest)
+
+    def views(self, images: Tensor) -> Tensor:
+        """What the network is shown of the images at this step, `[views * n, C, h, w]`."""
+        if self.task.reference is not None:
+            state = self._views.generator.get_state()
+            shown = self._views(self.task.reference.to(images))
+            self._views.generator.set_state(state)  # the images are shown from the same point of view
+            with torch.no_grad():
+                reading, _ = self._read(shown)
+                layers = {name for term in self.task.terms for name in term.layers}
+                self._reference = {name: reading.map(name) for name in layers}
+        return self._views(images)
 
     def loss(self, views: Tensor, images: Tensor) -> Tensor:
         """A number whose gradient at views and images is that of what is to be minimised.
@@ -189,7 +214,7 @@ class Run:
 
     def stepped(self) -> None:
         """One step is made."""
-        self.step += 1
+        self.step, self._latest = self.step + 1, self.canvas.kept()
         if self.step in self.task.snapshots:
             self._snapshots[self.step] = self.canvas.images().detach().cpu()
         self.task.report(self.step, self.task.steps, f"objective {-self._losses[-1].mean():.4g}")
@@ -197,8 +222,8 @@ class Run:
     def made(self) -> Made:
         """The images as they are now, or, where they are no good, as they last were."""
         images, scores = self._result()
-        if not self.stopped and not bool(scores.isfinite().all() and images.isfinite().all()):
-            self._stop(f"the target is NaN or infinite after step {self.step}")
+        if not bool(scores.isfinite().all() and images.isfinite().all()):
+            self._stop(self.stopped or f"the target is NaN or infinite after step {self.step}")
             images, scores = self._result()
         losses = torch.stack(self._losses, 1) if self._losses else torch.empty(len(self.task), 0)
         return Made(
@@ -265,20 +290,20 @@ class Run:
     def _values(self, views: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         """The target and the sum of the terms for each image, `[n]` each, averaged over its views."""
         reading, count = self._read(views)
-        values = pick(reading, list(self.task.targets) * count)
+        values = pick(reading, list(self.task.targets) * count) * (self.task.aim if terms else 1.0)
         penalties = torch.zeros_like(values)
         for term in terms:
-            penalties = penalties + term.penalty(reading)
+            penalties = penalties + term.penalty(reading, self._reference)
         if torch.is_grad_enabled() and self.step < self.task.warm:
-            more = pick(reading, list(self.task.early) * count) * (1 - self.step / self.task.warm)
+            more = pick(reading, list(self.task.early) * count) * self.task.aim * (1 - self.step / self.task.warm)
             values = values + more - more.detach()  # for the gradient only
-        exact = self.task.dtype
+        exact = self._dtype
         return values.to(exact).view(count, -1).mean(0), penalties.to(exact).view(count, -1).mean(0)
 
     def _read(self, views: Tensor) -> tuple[Reading, int]:
         task = self.task
-        inputs = task.handle.spec.normalised(views).to(task.handle.dtype)
-        with torch.autocast(task.handle.device.type, task.precision, enabled=task.precision is not None):
+        inputs = task.handle.spec.normalised(views).to(self._model_dtype)
+        with torch.autocast(self._device.type, task.precision, enabled=task.precision is not None):
             output = self.watch(inputs.contiguous(memory_format=task.memory_format or torch.contiguous_format))
         return Reading(task.handle, self.watch, output), len(views) // len(task)
 
