@@ -30,6 +30,7 @@ HOMES = {
     "torchvision": {"torchloupe_adapters/torchvision.py"},
     "sklearn": {"torchloupe_adapters/sklearn.py"},
     "skimage": {"torchloupe_adapters/skimage.py"},
+    "lucent": {"torchloupe_adapters/lucent.py"},
     "cv2": {"torchloupe_adapters/opencv.py"},
     "umap": {"torchloupe_adapters/umap.py"},
     "openTSNE": {"torchloupe_adapters/opentsne.py"},
@@ -47,6 +48,7 @@ HOMES = {
         "torchloupe/cli_looking.py",
         "torchloupe/cli_options.py",
         "torchloupe/cli_scan.py",
+        "torchloupe/cli_making.py",
         "torchloupe_adapters/demo/train.py",
     },  # each a command of its own
     "matplotlib": {"torchloupe_core/plots.py"},

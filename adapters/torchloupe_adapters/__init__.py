@@ -45,6 +45,8 @@ METHODS = {
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
     ("engine", "ray.data"): "torchloupe_adapters.ray",
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
+    ("visualize", "lucent"): "torchloupe_adapters.lucent",
+    ("visualize", "native"): "torchloupe_core.methods.optimize",
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",

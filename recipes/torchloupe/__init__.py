@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from torchloupe._receptive import receptive_field
     from torchloupe._scan import scan
     from torchloupe._tables import methods
+    from torchloupe._visualize import visualize
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
+    from torchloupe_core import parametrizations, regularizers, transforms
     from torchloupe_core.activations import Activations
     from torchloupe_core.embedding import Embedding
     from torchloupe_core.evengrid import Grid
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
         similarity,
     )
     from torchloupe_core.targets import parse as target
+    from torchloupe_core.visualization import Visualization
 
 __version__ = "0.1.0"
 
@@ -76,6 +79,7 @@ __all__ = [
     "Scan",
     "Spec",
     "Target",
+    "Visualization",
     "activations",
     "box_score",
     "channel",
@@ -96,13 +100,17 @@ __all__ = [
     "neighbors",
     "neuron",
     "open",
+    "parametrizations",
     "prob",
     "receptive_field",
     "region",
+    "regularizers",
     "scan",
     "sigmoid",
     "similarity",
     "target",
+    "transforms",
+    "visualize",
     "weights",
     "wrap",
 ]
@@ -122,6 +130,7 @@ _HOMES = {
     "ReceptiveField": "torchloupe_core.receptive",
     "Scan": "torchloupe_core.scans",
     "Spec": "torchloupe_core.spec",
+    "Visualization": "torchloupe_core.visualization",
     "activations": "torchloupe._activations",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
@@ -134,9 +143,13 @@ _HOMES = {
     "methods": "torchloupe._tables",
     "neighbors": "torchloupe._neighbors",
     "open": "torchloupe_core.results:open_result",
+    "parametrizations": "torchloupe_core.parametrizations:",
     "receptive_field": "torchloupe._receptive",
     "scan": "torchloupe._scan",
+    "regularizers": "torchloupe_core.regularizers:",
     "target": f"{_TARGETS}:parse",
+    "transforms": "torchloupe_core.transforms:",
+    "visualize": "torchloupe._visualize",
     "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",
     **dict.fromkeys(("Target", "channel", "direction", "interpolate", "layer", "neuron"), _TARGETS),

@@ -7,7 +7,11 @@ import importlib.metadata
 
 __all__ = ["versions"]
 
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "umap": "umap-learn"}  # where they go by another name
+DISTRIBUTIONS = {  # where a backend's package is called otherwise
+    "lucent": "torch-lucent",
+    "sklearn": "scikit-learn",
+    "umap": "umap-learn",
+}
 
 
 def versions(backend: str = "native") -> dict[str, str]:

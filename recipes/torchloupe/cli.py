@@ -408,4 +408,5 @@ def _table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-from torchloupe import cli_embedding, cli_looking, cli_scan  # noqa: E402, F401  (commands of their own file, which need what is above)
+# Commands of files of their own, which need what is above.
+from torchloupe import cli_embedding, cli_looking, cli_making, cli_scan  # noqa: E402, F401

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,13 +45,17 @@ def filling(query: Query, baseline: Baseline) -> Tensor:
     return found
 
 
-def blurred(images: Tensor) -> Tensor:
-    """Images `[N, C, H, W]` under a Gaussian scaled to their shorter side, their edges repeated outwards.
+def blurred(images: Tensor, sigma: float | None = None) -> Tensor:
+    """Images `[N, C, H, W]` under a Gaussian, their edges repeated outwards.
 
-    Sigma is 5 and the kernel 11 wide at 224 pixels; the kernel is never narrower than 3.
+    sigma: its standard deviation in pixels, cut off at three times that. Without it the blur of the insertion measure,
+    scaled to the shorter side: sigma 5 and a kernel 11 wide at 224 pixels, never narrower than 3.
     """
-    sigma = RADIUS * min(images.shape[2:])
-    radius = max(1, round(sigma))
+    if sigma is None:
+        sigma = RADIUS * min(images.shape[2:])
+        radius = max(1, round(sigma))
+    else:
+        radius = max(1, math.ceil(3 * sigma))
     exact = torch.promote_types(images.dtype, torch.float32)
     offsets = torch.arange(-radius, radius + 1, dtype=exact, device=images.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))

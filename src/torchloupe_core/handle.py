@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -462,14 +463,48 @@ class _At:
 
 
 def pick(reading: Reading, targets: Sequence[Bound], reduce: Reduce = "mean") -> Tensor:
-    """Each image's own target, `[N]`: every distinct target is read once for the batch."""
+    """Each image's own target, `[N]`: every distinct target is read once for the batch, or for its own images."""
     distinct = list(dict.fromkeys(targets))
+    if len(distinct) > 1 and not any(bound.target.reads_output for bound in distinct):
+        return _pick_rows(reading, targets, reduce)
     values = torch.stack([bound.read(reading, reduce) for bound in distinct])  # [T, N]
     if len(distinct) == 1:
         return values[0]
     row = {bound: index for index, bound in enumerate(distinct)}
     rows = torch.tensor([row[bound] for bound in targets], device=values.device)
     return values[rows, torch.arange(len(targets), device=values.device)]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some images' maps of a reading."""
+
+    maps: Mapping[str, Tensor]
+
+    def map(self, layer: str) -> Tensor:
+        return self.maps[layer]
+
+    def _no_output(self, *_: object) -> Any:
+        raise NotApplicable("the model's output was not read")
+
+    logits = class_maps = detections = embedding = _no_output
+
+
+def _pick_rows(reading: Reading, targets: Sequence[Bound], reduce: Reduce) -> Tensor:
+    """The same for targets of layers only, read from the maps of their own images.
+
+    A graph through whole maps would write a gradient of their size for each target.
+    """
+    runs = [(bound, len(list(same))) for bound, same in itertools.groupby(targets)]
+    sizes = [size for _, size in runs]
+    layers = dict.fromkeys(name for bound, _ in runs for name in bound.target.layers)
+    parts = {name: torch.split(reading.map(name), sizes) for name in layers}
+    return torch.cat(
+        [
+            bound.read(_Rows({name: parts[name][place] for name in bound.target.layers}), reduce)
+            for place, (bound, _) in enumerate(runs)
+        ]
+    )
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

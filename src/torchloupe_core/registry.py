@@ -80,12 +80,16 @@ def method(
     random: bool = False,
     signed: bool = True,
     again: Callable[..., Any] | None = None,
+    backend: str | None = None,
 ) -> Callable[[F], F]:
-    """Registers a function as a way to answer `verb`. A name that has an owner already raises."""
+    """Registers a function as a way to answer `verb`. A name that has an owner already raises.
+
+    backend: who does the work; without it what the name begins with, as in `captum.lrp`, or `native`.
+    """
 
     def register(function: F) -> F:
-        backend = name.split(".")[0] if "." in name else "native"
-        entry = Method(verb, name, backend, function, needs, cost, paper, random, signed, again)
+        worker = backend or (name.split(".")[0] if "." in name else "native")
+        entry = Method(verb, name, worker, function, needs, cost, paper, random, signed, again)
         owner = _registered.get((verb, name))
         if owner is not None and owner.run.__module__ != function.__module__:
             raise BadInput(f"{verb} method {name!r} is registered by {owner.run.__module__} already")

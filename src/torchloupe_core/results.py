@@ -45,6 +45,7 @@ _HOMES = {
     "Filters": "torchloupe_core.filters",
     "Grid": "torchloupe_core.evengrid",
     "Neighbors": "torchloupe_core.neighbors",
+    "Visualization": "torchloupe_core.visualization",
 }
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)

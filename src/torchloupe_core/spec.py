@@ -52,6 +52,20 @@ class Spec:
         """Channels of one input, if known."""
         return self.input_size[0] if self.input_size else None
 
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels `[N, C, H, W]` in [0, 1] as model inputs; as they are where mean and spread are unknown."""
+        if self.mean is None or self.std is None:
+            return pixels
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Model inputs `[N, C, H, W]` as pixels in [0, 1], all channels: `normalised` undone, the rest cut off."""
+        if self.mean is None or self.std is None:
+            return inputs.clamp(0, 1)
+        mean, std = (inputs.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (inputs * std + mean).clamp(0, 1)
+
     def display(self, inputs: Tensor) -> Tensor:
         """Model inputs `[N, C, H, W]` as pictures `[N, 3, H, W]` in [0, 1] on the CPU.
 

@@ -189,6 +189,8 @@ class _Recorder:
         self.trace.layers[name] = layer
         no_map = name in self.spec.layouts and self.spec.layouts[name] is None
         entering = None if no_map else self._input_layout(call.given)
+        if entering is None and isinstance(module, (nn.ReLU, nn.ReLU6)) and not no_map:
+            entering = layout  # a sum [N, C, C, C], whose own sides tell nothing
         self.trace.inputs[name] = self._layer(call, f"{name}.in", entering, times, passes=True)
         self.trace._sources[name] = call.sources
         _derive(output, call.sources | self.trace._bits.setdefault(name, 1 << len(self.trace._bits)))

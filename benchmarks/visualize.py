@@ -1,0 +1,246 @@
+"""What images optimised for units cost, and how far they move the units: ours and Lucent's own, on one core.
+
+    python benchmarks/visualize.py                  every row, about an hour
+    python benchmarks/visualize.py cost memory      the rows whose name begins so
+    python benchmarks/visualize.py quality --steps 128 --units 12
+
+Costs are ratios to a bare loop of forward and backward passes to the image through the network cut off after the layer,
+with frozen parameters, at the same size and number of images; medians of rounds in which each runs once. Lucent is its
+own `render_vis` with its own hooks, transforms and defaults. Quality counts the units whose activation, for the final
+image at the model's own size, our default moves at least as far as Lucent's default at equal steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import torchloupe as tl
+
+Work = Callable[[], object]
+
+SIZE, STEPS, CHANNEL = 224, 3, 11
+ROUNDS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="beginnings of row names")
+    parser.add_argument("--steps", type=int, default=512, help="of the quality rows")
+    parser.add_argument("--units", type=int, default=50, help="of the quality rows")
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)  # one measurement in this fresh process
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if arguments.memory:
+        print(json.dumps(_grown(arguments.memory)))
+        return
+    print(f"torch {torch.__version__}, one core\n")
+    rows: dict[str, Callable[[], None]] = {
+        **{f"cost of one channel, {layer}": lambda layer=layer: _one(layer) for layer in ("layer1", "layer3", "fc")},
+        "cost of 32 channels, layer3": _many,
+        "cost of diversity, 16 images, layer3": _diversity,
+        "memory of 32 images": _memory,
+        "quality on the demo model": lambda: _quality(tl.load("demo"), arguments.steps, arguments.units),
+        "quality on a random resnet18": lambda: _quality(_resnet18(), arguments.steps, arguments.units),
+    }
+    for name, row in rows.items():
+        if not arguments.names or any(name.startswith(one) for one in arguments.names):
+            print(name, flush=True)
+            row()
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def _resnet50() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.resnet50(weights=None).eval().requires_grad_(False)
+
+
+def _target(layer: str, channel: int = CHANNEL) -> str:
+    return f"logit:{channel}" if layer == "fc" else f"{layer}:{channel}"
+
+
+def _bare(module: nn.Module, layer: str, images: int = 1, steps: int = STEPS) -> Work:
+    """Forward and backward passes to the image, through the layers up to the last one needed."""
+    children = list(module.named_children())
+    stages = [part for _, part in children[: [name for name, _ in children].index(layer) + 1]]
+    head = [nn.Flatten()] if layer == "fc" else []
+    network = nn.Sequential(*stages[: -1 if head else None], *head, *(stages[-1:] if head else []))
+
+    def work() -> None:
+        x = torch.randn(images, 3, SIZE, SIZE).requires_grad_(True)
+        for _ in range(steps):
+            torch.autograd.grad(network(x)[:, CHANNEL].mean(), x)
+
+    return work
+
+
+def _native(handle: tl.Handle, target: Any, **options: Any) -> Work:
+    options = {"steps": STEPS, "method": "native", "progress": False, **options}
+    return lambda: tl.visualize(handle, target, **options)
+
+
+def _lucent(
+    module: nn.Module, layer: str, steps: int = STEPS, channel: int = CHANNEL, **options: Any
+) -> Callable[[], Tensor]:
+    from lucent.optvis import param, render
+
+    options = {"param_f": lambda: param.image(SIZE), **options}
+
+    def work() -> Tensor:
+        torch.manual_seed(0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            (image,) = render.render_vis(
+                module, f"{layer}:{channel}", thresholds=(steps,), progress=False, show_image=False, **options
+            )
+        for part in module.modules():  # which Lucent leaves
+            part._forward_hooks.clear()
+        return torch.from_numpy(image).permute(0, 3, 1, 2)
+
+    return work
+
+
+def _medians(*works: Work) -> list[float]:
+    """Seconds of each, taken in turn."""
+    for work in works:
+        work()
+    times: list[list[float]] = [[] for _ in works]
+    for turn in range(ROUNDS):
+        order = list(range(len(works)))
+        for place in order if turn % 2 == 0 else reversed(order):
+            begun = time.process_time()
+            works[place]()
+            times[place].append(time.process_time() - begun)
+    return [statistics.median(one) for one in times]
+
+
+def _say(name: str, value: float, goal: float | None = None, least: bool = False) -> None:
+    kept = "" if goal is None else "ok" if (value >= goal if least else value <= goal) else "MISSED"
+    aim = "" if goal is None else f"  goal {'>=' if least else '<='} {goal:g}  {kept}"
+    print(f"    {name:44} {value:8.3f}{aim}", flush=True)
+
+
+def _one(layer: str) -> None:
+    module = _resnet50()
+    handle = tl.wrap(module)
+    bare, native, lucent = _medians(_bare(module, layer), _native(handle, _target(layer)), _lucent(module, layer))
+    _say("native / bare", native / bare, 1.3)
+    _say("Lucent / bare", lucent / bare)
+
+
+def _many() -> None:
+    module = _resnet50()
+    handle = tl.wrap(module)
+    targets = [f"layer3:{channel}" for channel in range(32)]
+    works = [_bare(module, "layer3"), _native(handle, targets), _lucent(module, "layer3")]
+    bare, native, lucent = _medians(*works)
+    _say("native, per image / bare", native / 32 / bare, 1.1)
+    _say("Lucent one after another / native", 32 * lucent / native, 4.0, least=True)
+    fast = tl.wrap(module)
+    (quick,) = _medians(_native(fast, targets, dtype=torch.bfloat16, memory_format=torch.channels_last))
+    _say("native in bfloat16, channels last / bare", quick / 32 / bare)
+
+
+def _diversity() -> None:
+    handle = tl.wrap(_resnet50())
+    plain, diverse = _medians(
+        *(_native(handle, "layer3:11", n=16, batch_size=16, steps=1, diversity=weight) for weight in (0.0, 1.0))
+    )
+    _say("with the term / without", diverse / plain, 1.05)
+
+
+def _memory() -> None:
+    """Peak of 32 images against that of one chunk of 8, each in a fresh process."""
+    peaks = [
+        json.loads(
+            subprocess.run([sys.executable, __file__, "--memory", str(n)], capture_output=True, check=True).stdout
+        )
+        for n in (8, 32)
+    ]
+    _say("32 images / one chunk of 8 and the images", peaks[1] / (peaks[0] + 32 * 3 * SIZE * SIZE * 4 * 6), 1.05)
+    print(f"    {peaks[1] / 2**20:.0f} MiB against {peaks[0] / 2**20:.0f} MiB")
+
+
+def _grown(images: int) -> int:
+    """Bytes by which the process's peak grows."""
+    import resource
+
+    handle = tl.wrap(_resnet50())
+    handle.trace((3, SIZE, SIZE))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _native(handle, [f"layer3:{channel}" for channel in range(images)], steps=2)()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+# -- quality ----------------------------------------------------------------------------------------------------------
+
+
+def _resnet18() -> tl.Handle:
+    torch.manual_seed(0)
+    return tl.wrap(torchvision.models.resnet18(weights=None).eval(), input_size=(3, 64, 64))
+
+
+def _quality(handle: tl.Handle, steps: int, count: int) -> None:
+    """Random channels of the stages: the target's activation for our image and for Lucent's."""
+    layers = [f"layer{stage}" for stage in (1, 2, 3, 4)]
+    units = [(layer, channel) for layer in layers for channel in range(handle.layer(layer).channels or 0)]
+    chosen = sorted(random.Random(0).sample(units, count))
+    targets = [f"{layer}:{channel}" for layer, channel in chosen]
+    ours = tl.visualize(handle, targets, steps=steps, method="native")
+    theirs = torch.cat([_lucent_image(handle, layer, channel, steps) for layer, channel in chosen])
+    scores = handle.score(handle.spec.normalised(ours.images), targets)
+    others = handle.score(handle.spec.normalised(theirs), targets)
+    for name, each in (
+        ("ours at least Lucent's", scores >= others),
+        ("ours at least 95% of it", scores >= 0.95 * others),
+    ):
+        _say(name, each.float().mean().item(), 0.9 if name == "ours at least Lucent's" else None, least=True)
+    _say("median of ours / Lucent's", (scores / others.clamp(min=1e-6)).median().item())
+    _say("our least contrast (mean distance from grey)", _contrast(ours.images).min().item())
+    _say("Lucent's least contrast", _contrast(theirs).min().item())
+    for name, a, b in zip(targets, scores.tolist(), others.tolist(), strict=True):
+        print(f"        {name:14} {a:9.4f} {b:9.4f} {'' if a >= b else '<'}")
+    torch.save((targets, ours.images, theirs), f"/tmp/quality_{len(handle.classes or [])}.pt")
+
+
+def _lucent_image(handle: tl.Handle, layer: str, channel: int, steps: int) -> Tensor:
+    """Lucent's default at the model's own size: its normalisation is the model's, it enlarges to 224 pixels itself."""
+    from lucent.optvis import param, transform
+
+    side = handle.spec.input_size[1]  # type: ignore[index]
+    with handle.borrow(), torch.enable_grad():
+        steps_of_lucent = [*transform.standard_transforms, handle.spec.normalised]
+        make = _lucent(
+            handle.module,
+            layer,
+            steps,
+            channel,
+            param_f=lambda: param.image(side),
+            transforms=steps_of_lucent,
+            preprocess=False,
+        )
+        return make()
+
+
+def _contrast(images: Tensor) -> Tensor:
+    return (images - 0.5).abs().mean((1, 2, 3))
+
+
+if __name__ == "__main__":
+    main()

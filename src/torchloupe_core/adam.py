@@ -1,0 +1,33 @@
+"""Adam, step by step as torch's own, which takes seconds to import what compiles it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adam"]
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class Adam:
+    """Moves leaf tensors against their gradients (Kingma and Ba 2015, algorithm 1, with its default constants)."""
+
+    def __init__(self, tensors: Sequence[Tensor], lr: float) -> None:
+        self.tensors, self.lr, self.steps = tensors, lr, 0
+        self._means = [torch.zeros_like(tensor) for tensor in tensors]
+        self._squares = [torch.zeros_like(tensor) for tensor in tensors]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """One step, each tensor by its gradient."""
+        self.steps += 1
+        size = self.lr / (1 - BETA1**self.steps)
+        scale = math.sqrt(1 - BETA2**self.steps)
+        for tensor, gradient, mean, square in zip(self.tensors, gradients, self._means, self._squares, strict=True):
+            mean.lerp_(gradient, 1 - BETA1)
+            square.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+            tensor.addcdiv_(mean, (square.sqrt() / scale).add_(EPSILON), value=-size)

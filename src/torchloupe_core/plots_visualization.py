@@ -1,0 +1,105 @@
+"""Drawings of optimised images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchloupe_core import plots
+from torchloupe_core.visualization import Visualization
+
+__all__: list[str] = []
+
+MOST, COLUMNS, MOST_ROWS = 40, 8, 12
+TILE, LEAST_WIDTH = 1.55, 3.2  # inches
+LETTERS = 26  # of a title above a tile
+
+
+@plots.draw.register
+def _draw_visualization(
+    made: Visualization,
+    new_figure: Callable[..., Any],
+    *,
+    most: int = MOST,
+    columns: int | None = None,
+    curve: bool = False,
+    alpha: bool | None = None,
+) -> tuple[Any, Any]:
+    """The images with their targets and values; a row for each where there is what it was made from, or snapshots.
+
+    curve: what was minimised, step by step, below. alpha: pixels that mattered little fade into white; by default where
+    the result knows it.
+    """
+    before = _before(made)
+    shown = min(len(made), min(most, MOST_ROWS) if before else most)
+    fades = made.alpha is not None if alpha is None else alpha
+    across = len(before) + 1 if before else columns or _columns(shown)
+    down = shown if before else math.ceil(shown / across)
+    width, height = max(LEAST_WIDTH, TILE * across), (TILE * made.size[0] / made.size[1] + 0.38) * down
+    extra = 1.5 if curve else 0.0
+    drawing = new_figure(figsize=(width, height + extra + 0.1), layout="constrained")
+    grid = drawing.add_gridspec(
+        down + bool(curve), across, height_ratios=[1.0] * down + [extra * down / height] * curve
+    )
+    axes = [[drawing.add_subplot(grid[row, column]) for column in range(across)] for row in range(down)]
+    for one in (one for row in axes for one in row):
+        one.set_axis_off()
+    for index in range(shown):
+        row, column = (index, across - 1) if before else divmod(index, across)
+        _show(axes[row][column], _faded(made, index) if fades else made.images[index], _title(made, index))
+        for place, (name, images) in enumerate(before):
+            _show(axes[index][place], images[index], name)
+    if curve:
+        _curve(drawing.add_subplot(grid[down, :]), made, shown)
+    note = [f"{shown} of {len(made)} images"] if shown < len(made) else []
+    if made.stopped:
+        note.append(made.stopped)
+    if note:
+        drawing.supxlabel(plots.escaped("; ".join(note)), fontsize=7)
+    return drawing, axes
+
+
+def _before(made: Visualization) -> list[tuple[str, Tensor]]:
+    """What came before the images, in order."""
+    found = [] if made.given is None else [("given", made.given)]
+    if made.snapshots is not None:
+        found += [(f"step {step}", made.at(step)) for step in made.snapshot_steps]
+    return found
+
+
+def _columns(count: int) -> int:
+    """Few rows, evenly filled."""
+    rows = math.ceil(count / COLUMNS)
+    return math.ceil(count / rows)
+
+
+def _show(axes: Any, image: Tensor, title: str) -> None:
+    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest" if image.shape[-1] < 128 else None)
+    axes.set_title(plots.escaped(title), fontsize=7, loc="left", pad=3)
+
+
+def _title(made: Visualization, index: int) -> str:
+    target = made.targets[index]
+    target = target if len(target) <= LETTERS else target[: LETTERS - 1] + "…"
+    return f"{target}\n= {made.scores[index].item():.3g}"
+
+
+def _faded(made: Visualization, index: int) -> Tensor:
+    opacity = torch.ones(1) if made.alpha is None else made.alpha[index]
+    return made.images[index] * opacity + (1 - opacity)
+
+
+def _curve(axes: Any, made: Visualization, shown: int) -> None:
+    steps = range(1, made.losses.shape[1] + 1)
+    for index in range(shown):
+        axes.plot(steps, made.losses[index].numpy(), linewidth=0.8, label=made.targets[index][:LETTERS])
+    axes.set_xlabel("step", fontsize=7)
+    axes.set_ylabel("loss", fontsize=7)
+    axes.tick_params(labelsize=6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if shown <= COLUMNS:
+        axes.legend(fontsize=6, frameon=False)
