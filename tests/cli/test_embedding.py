@@ -103,7 +103,7 @@ def test_both_spaces_side_by_side(run: Run, folder: Path, tmp_path: Path) -> Non
         (["embed", "nowhere", "--method", "pca"], "no such folder: nowhere"),
         (["neighbors", "FOLDER", "--data", "nowhere"], "no such folder: nowhere"),
         (["neighbors", "nowhere.png", "--data", "FOLDER"], "no such image file"),
-        (["neighbors", "FOLDER"], "Missing option '--data'"),
+        (["neighbors", "FOLDER"], "no pictures were given; name a folder"),
         (["neighbors", "FOLDER", "--data", "FOLDER", "--k", "0"], "0 is not in the range"),
         (["neighbors", "FOLDER", "--data", "FOLDER", "--space", "pixels", "--layer", "fc"], "reads no layer"),
         (["neighbors", "FOLDER", "--data", "FOLDER", "--approximate"], "for at least 100 images"),
