@@ -1,18 +1,16 @@
 """What keeping a scan in a store costs, and how soon a store answers, on one core.
 
-    python benchmarks/store.py                  every row, about 10 minutes
+    python benchmarks/store.py                  every row, about 5 minutes
     python benchmarks/store.py kept             the rows whose name begins so
 
 Five layers of resnet18, all channels, at 224 pixels in batches of 8 and blocks of 64 images, the smallest that are
-chosen by default; larger data sets have larger blocks, whose costs weigh less. Ratios are those of a scan with a store
-to one without, over the same loader, as in `explain.py`; waiting for the disk, which takes no processor time, is given
-as a share beside them and counted in.
+chosen by default; larger data sets have larger blocks, whose costs weigh less. The ratio is that of all a stored scan
+does, waiting for the disk included, to its passes over the images, which are those of a scan without a store.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import tempfile
 import time
@@ -22,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from explain import BATCH, Work, _asked, _images, _model, _report, _seconds
+from explain import BATCH, _asked, _images, _model, _report
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchloupe as tl
 from torchloupe_core.dataset import open_data
 from torchloupe_core.filling import scan_stored
-from torchloupe_core.scan import scan
+from torchloupe_core.scan import Pass, scan
 from torchloupe_core.statistics import Features, Moments, Top
 from torchloupe_core.store import Store
 from torchloupe_core.stored import stored_features
@@ -49,12 +47,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="beginnings of row names")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one core; medians of scan with a store / scan without\n")
+    print(f"torch {torch.__version__}, one core; medians of a stored scan / its passes over the images\n")
     with tempfile.TemporaryDirectory() as folder:
         for name, make in KEPT.items():
             if _asked(name, arguments.names):
-                ratio, waited = _overhead(make, Path(folder))
-                _report(name, ratio + waited, 1.03, f"(of it {waited:.4f} waiting for the disk)")
+                rest, waited = _overhead(make, Path(folder))
+                _report(name, 1 + rest + waited, 1.03, f"(of it {waited:.4f} waiting for the disk)")
         if _asked("answered", arguments.names):
             _answered(Path(folder))
         if _asked("read", arguments.names):
@@ -62,36 +60,38 @@ def main() -> None:
 
 
 def _overhead(make: Callable[[], list[Any]], folder: Path) -> tuple[float, float]:
-    """The median ratio of processor times, and of the time spent waiting for the disk to that of the scan."""
-    handle, loader = tl.wrap(_model("resnet18")), DataLoader(TensorDataset(_images(IMAGES)), BATCH)
-    data, stores, waits = open_data(loader, handle.spec), itertools.count(), []  # type: Any, Any, list[float]
-    write = Store.write
+    """Processor time of all but the passes over the images, and time spent waiting for the disk, to that of the passes.
 
-    def timed(self: Store, block: int, content: bytes) -> None:
+    All taken in one run, so that a machine that is busy with other things slows them alike; medians of several runs.
+    """
+    handle, loader = tl.wrap(_model("resnet18")), DataLoader(TensorDataset(_images(IMAGES)), BATCH)
+    data, write, go_through = open_data(loader, handle.spec), Store.write, Pass.go_through
+    spent = {"pass": 0.0, "waiting": 0.0}
+
+    def written(self: Store, block: int, content: bytes) -> None:
         begun, busy = time.perf_counter(), time.process_time()
         write(self, block, content)
-        waits[-1] += time.perf_counter() - begun - (time.process_time() - busy)
+        spent["waiting"] += time.perf_counter() - begun - (time.process_time() - busy)
 
-    def kept() -> object:
-        waits.append(0.0)
-        store = folder / f"{id(make)}-{next(stores)}"
-        return scan_stored(handle, data, {layer: make() for layer in LAYERS}, store=store, block_size=64)
+    def gone_through(self: Pass, *arguments: Any, **options: Any) -> None:
+        begun = time.process_time()
+        go_through(self, *arguments, **options)
+        spent["pass"] += time.process_time() - begun
 
-    def bare() -> object:
-        return scan(handle, data, {layer: make() for layer in LAYERS})
-
-    Store.write = timed  # type: ignore[method-assign]
+    found = []
+    Store.write, Pass.go_through = written, gone_through  # type: ignore[method-assign, assignment]
     try:
-        bare(), kept()
-        ratios, shares = [], []
-        for turn in range(ROUNDS):
-            order: tuple[Work, Work] = (kept, bare) if turn % 2 else (bare, kept)
-            times = {work: _seconds(work) for work in order}
-            ratios.append(times[kept] / times[bare])
-            shares.append(waits[-1] / times[bare])
+        for turn in range(ROUNDS + 1):
+            spent |= {"pass": 0.0, "waiting": 0.0}
+            store = folder / f"{id(make)}-{turn}"
+            begun = time.process_time()
+            scan_stored(handle, data, {layer: make() for layer in LAYERS}, store=store, block_size=64)
+            rest = time.process_time() - begun - spent["pass"]
+            found.append((rest / spent["pass"], spent["waiting"] / spent["pass"]))
     finally:
-        Store.write = write  # type: ignore[method-assign]
-    return statistics.median(ratios), statistics.median(shares)
+        Store.write, Pass.go_through = write, go_through  # type: ignore[method-assign]
+    rests, waits = zip(*found[1:], strict=True)
+    return statistics.median(rests), statistics.median(waits)
 
 
 def _answered(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """LanceDB: the vectors of a store in a table, for queries.
 
 The blocks of a store are its record. The table is made from them, one append a block, and can be made anew. Each row
-names its block, so that a block is appended once however often that is interrupted, and carries a checksum of itself.
+names its block, so that a block is appended once however often that is interrupted, and carries the block's checksum.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,10 @@ PLACE = -1  # of the lock that ranks append under
 UNREADABLE = (RuntimeError, ValueError, OSError, KeyError)  # what comes of files that are not as they were written
 
 
+_NO = torch.empty(0, dtype=torch.long)
+NONE = Rows(_NO, _NO, torch.empty(0, 0), torch.empty(0, 0), None)
+
+
 @method("features", "lancedb.table", cost="no forward")
 def table(store: Store, layer: str, rows: Callable[[int], Rows]) -> Rows:
     """All rows of a layer's vectors. Blocks that the table lacks are appended; a table that is damaged is made anew.
@@ -41,13 +46,13 @@ def table(store: Store, layer: str, rows: Callable[[int], Rows]) -> Rows:
     """
     kept = _Table(store, layer)
     with contextlib.suppress(_Damaged):
-        content = kept.content()
-        if not kept.lacking(content):
-            return _rows(content)
+        rows_there, blocks = kept.content()
+        if not kept.lacking(blocks):
+            return rows_there
     with Writer(store.path / LOCK, Crew.present()) as writer, writer.alone_at(PLACE):
         try:
             kept.fill(rows)
-            return _rows(kept.content())
+            return kept.content()[0]
         except (*UNREADABLE, _Damaged) as error:
             raise StoreError(f"{store.path / VECTORS} cannot be written: {error}") from error
 
@@ -79,43 +84,50 @@ class _Table:
         self.folder = store.path / VECTORS
         self.database = require_installed().connect(self.folder)
 
-    def content(self) -> pa.Table | None:
-        """The rows that are there, None before the first. Raises `_Damaged`."""
-        if not (self.folder / f"{self.name}.lance" / "_versions").is_dir():  # killed before it was made
-            return None
+    def content(self) -> tuple[Rows, list[int]]:
+        """The rows that are there, and the blocks they are of. Raises `_Damaged`."""
+        if not self._made():
+            return NONE, []
         try:
             content = self.database.open_table(self.name).to_arrow()
             if (content.schema.metadata or {}).get(b"store") != self.store.digest.encode():
                 raise _Damaged("it is of another store")
-            sound = content["check"].to_pylist() == _checks(_rows(content))
-            once = len(set(content["index"].to_pylist())) == len(content)
+            rows, checks = _rows(content), _tensor(content["check"])
+            blocks = _tensor(content["block"]).numpy()
         except UNREADABLE as error:
             raise _Damaged(str(error)) from error
-        if not (sound and once):
-            raise _Damaged("a row is not what was written" if once else "an image is there twice")
-        return content
+        starts = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist()]
+        for start, stop in zip(starts, [*starts[1:], len(blocks)], strict=True):
+            if not bool((checks[start:stop] == _check(rows, start, stop)).all()):
+                raise _Damaged(f"block {blocks[start]} is not what was written")
+        if len(np.unique(rows.indices)) != len(rows.indices):
+            raise _Damaged("an image is there twice")
+        return rows, np.unique(blocks).tolist()
 
-    def lacking(self, content: pa.Table | None) -> list[int]:
+    def lacking(self, blocks: Sequence[int]) -> list[int]:
         """The blocks whose images have no rows."""
-        present = set() if content is None else set(content["block"].to_pylist())
-        absent = (block for block in range(self.store.count) if block not in present)
-        return [block for block in absent if facts_of(self.store, block)["images"]]
+        absent = set(range(self.store.count)) - set(blocks)
+        return [block for block in sorted(absent) if facts_of(self.store, block)["images"]]
 
     def fill(self, rows: Callable[[int], Rows]) -> None:
         """Appends the blocks that are lacking, all of them if the table is damaged."""
-        content = opened = None
+        opened, blocks = None, list[int]()
         with contextlib.suppress(_Damaged):
-            content = self.content()
-        if content is None:
-            shutil.rmtree(self.folder / f"{self.name}.lance", ignore_errors=True)
-        else:
+            _, blocks = self.content()
+        if blocks:
             opened = self.database.open_table(self.name)
-        for block in self.lacking(content):
+        else:
+            shutil.rmtree(self.folder / f"{self.name}.lance", ignore_errors=True)
+        for block in self.lacking(blocks):
             part = _arrow(block, rows(block), self.store.digest)
             if opened is None:
                 opened = self.database.create_table(self.name, part)
             else:
                 opened.add(part)
+
+    def _made(self) -> bool:
+        """Whether there is a table; what was killed before its first rows is none."""
+        return (self.folder / f"{self.name}.lance" / "_versions").is_dir()
 
 
 def _arrow(block: int, rows: Rows, store: str) -> pa.Table:
@@ -127,7 +139,7 @@ def _arrow(block: int, rows: Rows, store: str) -> pa.Table:
         "image": pa.array(_names(rows), pa.string()),
         "label": pa.array(rows.labels.numpy()),
         "vector": _lists(rows.vectors),
-        "check": pa.array(_checks(rows), pa.int64()),
+        "check": pa.array([_check(rows, 0, len(rows.indices))] * len(rows.indices), pa.int64()),
     }
     if rows.scores.shape[1]:
         columns["scores"] = _lists(rows.scores)
@@ -140,10 +152,7 @@ def _lists(values: Tensor) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.contiguous().numpy().reshape(-1)), values.shape[1])
 
 
-def _rows(content: pa.Table | None) -> Rows:
-    if content is None:
-        none = torch.empty(0, dtype=torch.long)
-        return Rows(none, none, torch.empty(0, 0), torch.empty(0, 0), None)
+def _rows(content: pa.Table) -> Rows:
     names = content["image"].to_pylist()
     scores = _tensor(content["scores"]) if "scores" in content.column_names else torch.empty(len(content), 0)
     return Rows(
@@ -164,14 +173,13 @@ def _tensor(column: Any) -> Tensor:
     return torch.from_numpy(whole.flatten().to_numpy(zero_copy_only=False).reshape(-1, size).copy())
 
 
-def _checks(rows: Rows) -> list[int]:
-    """A CRC-32 of each row."""
-    facts = zip(rows.indices.tolist(), rows.labels.tolist(), _names(rows), strict=True)
-    said = [zlib.crc32(repr(fact).encode()) for fact in facts]
-    for values in (rows.vectors.numpy(), rows.scores.numpy()):
-        said = [zlib.crc32(row.tobytes(), before) for row, before in zip(values, said, strict=True)]
-    return said
+def _check(rows: Rows, start: int, stop: int) -> int:
+    """The CRC-32 of some rows."""
+    found = zlib.crc32(repr(_names(rows)[start:stop]).encode())
+    for values in (rows.indices, rows.labels, rows.vectors, rows.scores):
+        found = zlib.crc32(values[start:stop].contiguous().numpy().tobytes(), found)
+    return found
 
 
-def _names(rows: Rows) -> Sequence[str | None]:
-    return [None] * len(rows.indices) if rows.names is None else rows.names
+def _names(rows: Rows) -> list[str | None]:
+    return [None] * len(rows.indices) if rows.names is None else list(rows.names)

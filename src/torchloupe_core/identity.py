@@ -25,9 +25,9 @@ from torchloupe_core.statistics import Statistic
 
 __all__ = ["common_folder", "differences", "of_data", "of_model", "of_question", "places"]
 
-SAMPLES = 64  # items of a data set that are looked at where it has no files
-TWICE = 8  # of them are read again, to see whether they are the same
-MOST = 6  # statistics named in a message
+FEWEST, MOST, SHARE = 8, 64, 32  # items of a data set that are looked at where it has no files: one of so many
+TWICE = 4  # of them are read again, to see whether they are the same
+NAMED = 6  # statistics named in a message
 SHORT = 16  # characters of a digest
 
 
@@ -78,8 +78,8 @@ def _serves(stored: Sequence[Any], asked: Sequence[Any]) -> bool:
 def of_data(data: DataSet) -> dict[str, Any]:
     """Of files: names below the folder they share, sizes, times of change. Of others: length, kind, and some items.
 
-    Up to 64 items, evenly spread, are looked at; that others among them have changed goes unnoticed. Raises `BadInput`
-    for a data set whose items cannot be asked for again: a stream, or one that draws them at random.
+    From 8 to 64 items, evenly spread, are looked at; that others among them have changed goes unnoticed. Raises
+    `BadInput` for a data set whose items cannot be asked for again: a stream, or one that draws them at random.
     """
     if data.order is None:
         raise BadInput(
@@ -120,7 +120,7 @@ def _shown(value: Any, other: Any) -> str:
     told = []
     for what, kind, options in own:
         told.append(f"{kind}({', '.join(f'{name}={one!r}' for name, one in options.items())}) of {what}")
-    return ", ".join(told[:MOST]) + (f" and {len(told) - MOST} more" if len(told) > MOST else "")
+    return ", ".join(told[:NAMED]) + (f" and {len(told) - NAMED} more" if len(told) > NAMED else "")
 
 
 def _told(what: str, statistic: Statistic) -> list[Any]:
@@ -176,7 +176,8 @@ def _files(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _looked_at(data: DataSet, order: Sequence[int]) -> str:
-    places = sorted({round(place) for place in np.linspace(0, len(order) - 1, SAMPLES)})
+    count = max(FEWEST, min(MOST, len(order) // SHARE))
+    places = sorted({round(place) for place in np.linspace(0, len(order) - 1, count)})
     with kept_randomness():
         found = []
         for place in places:

@@ -252,8 +252,11 @@ def test_a_table_of_another_store_is_not_taken(photos: Path, tmp_path: Path) -> 
 
 def test_what_a_store_lacks_is_said(photos: Path, tmp_path: Path) -> None:
     handle = scanned(tmp_path / "s", photos)
-    with pytest.raises(BadInput, match=r"holds features of 2 layers: relu1, fc.in; name one with layer="):
-        stored_features(tmp_path / "s")
+    assert stored_features(tmp_path / "s").layer == "fc.in"  # what goes into the classifier
+    maps = {"relu1": [Features()], "pool": [Features()]}
+    scan_stored(handle, open_data(photos, handle.spec), maps, store=tmp_path / "maps")
+    with pytest.raises(BadInput, match=r"holds features of 2 layers: relu1, pool; name one with layer="):
+        stored_features(tmp_path / "maps")
     with pytest.raises(UnknownName, match=r"no layer 'relu2' among the features in .*'relu1'"):
         stored_features(tmp_path / "s", "relu2")
     with torch.no_grad():
