@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchloupe import checks, errors
+    from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
     from torchloupe._explain import explain
     from torchloupe._models import load, wrap
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
+    from torchloupe_core.prior import Prior
     from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
     from torchloupe_core.results import open_result as open
@@ -59,12 +61,15 @@ __all__ = [
     "Filters",
     "Handle",
     "Layout",
+    "Prior",
     "ReceptiveField",
     "Spec",
     "Target",
     "Visualization",
+    "accentuate",
     "activations",
     "box_score",
+    "caricature",
     "channel",
     "checks",
     "demo_scenes",
@@ -100,10 +105,13 @@ _HOMES = {
     "Filters": "torchloupe_core.filters",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
+    "Prior": "torchloupe_core.prior",
     "ReceptiveField": "torchloupe_core.receptive",
     "Spec": "torchloupe_core.spec",
     "Visualization": "torchloupe_core.visualization",
+    "accentuate": "torchloupe._accentuate",
     "activations": "torchloupe._activations",
+    "caricature": "torchloupe._accentuate",
     "checks": "torchloupe.checks:",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "errors": "torchloupe.errors:",

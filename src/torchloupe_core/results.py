@@ -40,6 +40,7 @@ Box = tuple[int, int, int, int]
 _HOMES = {
     "Activations": "torchloupe_core.activations",
     "Filters": "torchloupe_core.filters",
+    "Gallery": "torchloupe_core.gallery",
     "Visualization": "torchloupe_core.visualization",
 }
 
