@@ -1,4 +1,4 @@
-"""scikit-learn: the two small data sets that ship inside it, as plain arrays."""
+"""scikit-learn: the two small data sets that ship inside it, as plain arrays; k-means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from torchloupe_core.errors import MissingDependency
 
-__all__ = ["digits", "sample_photos"]
+__all__ = ["clusters", "digits", "sample_photos"]
+
+MISSING = 'scikit-learn is not installed; pip install "scikit-learn>=1.4"'
 
 
 def digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -23,9 +25,23 @@ def sample_photos() -> list[NDArray[np.uint8]]:
     return [np.asarray(photo, dtype=np.uint8) for photo in _datasets().load_sample_images().images]
 
 
+def clusters(vectors: NDArray[np.float32], k: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """The cluster of each of `vectors [N, D]`, 0 to k - 1, by k-means, the largest cluster first."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise MissingDependency(MISSING) from error
+    found = KMeans(k, n_init=4, random_state=seed % 2**32).fit(vectors).labels_
+    order = np.argsort(-np.bincount(found, minlength=k), kind="stable")
+    ranks = np.empty(k, dtype=np.int64)
+    ranks[order] = np.arange(k)
+    numbered: NDArray[np.int64] = ranks[found]
+    return numbered
+
+
 def _datasets() -> Any:
     try:
         import sklearn.datasets
     except ImportError as error:
-        raise MissingDependency('scikit-learn is not installed; pip install "scikit-learn>=1.4"') from error
+        raise MissingDependency(MISSING) from error
     return sklearn.datasets

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
+    from torchloupe._descents import descents
     from torchloupe._explain import explain
+    from torchloupe._facets import facets
+    from torchloupe._interactions import class_prototype, directions, interactions, spectrum
     from torchloupe._models import load, wrap
     from torchloupe._receptive import receptive_field
     from torchloupe._tables import methods
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
     from torchloupe_core import parametrizations, regularizers, transforms
     from torchloupe_core.activations import Activations
     from torchloupe_core.filters import Filters
+    from torchloupe_core.gallery import Gallery
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
+    from torchloupe_core.maco import MaCo
     from torchloupe_core.prior import Prior
     from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
@@ -59,8 +64,10 @@ __all__ = [
     "Activations",
     "Attribution",
     "Filters",
+    "Gallery",
     "Handle",
     "Layout",
+    "MaCo",
     "Prior",
     "ReceptiveField",
     "Spec",
@@ -72,10 +79,15 @@ __all__ = [
     "caricature",
     "channel",
     "checks",
+    "class_prototype",
     "demo_scenes",
+    "descents",
     "direction",
+    "directions",
     "errors",
     "explain",
+    "facets",
+    "interactions",
     "interpolate",
     "layer",
     "load",
@@ -91,6 +103,7 @@ __all__ = [
     "regularizers",
     "sigmoid",
     "similarity",
+    "spectrum",
     "target",
     "transforms",
     "visualize",
@@ -103,8 +116,10 @@ _HOMES = {
     "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
     "Filters": "torchloupe_core.filters",
+    "Gallery": "torchloupe_core.gallery",
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
+    "MaCo": "torchloupe_core.maco",
     "Prior": "torchloupe_core.prior",
     "ReceptiveField": "torchloupe_core.receptive",
     "Spec": "torchloupe_core.spec",
@@ -113,15 +128,21 @@ _HOMES = {
     "activations": "torchloupe._activations",
     "caricature": "torchloupe._accentuate",
     "checks": "torchloupe.checks:",
+    "class_prototype": "torchloupe._interactions",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
+    "descents": "torchloupe._descents",
+    "directions": "torchloupe._interactions",
     "errors": "torchloupe.errors:",
     "explain": "torchloupe._explain",
+    "facets": "torchloupe._facets",
+    "interactions": "torchloupe._interactions",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "open": "torchloupe_core.results:open_result",
     "parametrizations": "torchloupe_core.parametrizations:",
     "receptive_field": "torchloupe._receptive",
     "regularizers": "torchloupe_core.regularizers:",
+    "spectrum": "torchloupe._interactions",
     "target": f"{_TARGETS}:parse",
     "transforms": "torchloupe_core.transforms:",
     "visualize": "torchloupe._visualize",

@@ -17,7 +17,6 @@ from torchloupe_core.errors import BadInput
 from torchloupe_core.gallery import Gallery
 from torchloupe_core.making import asked, pictures
 from torchloupe_core.parametrizations import Fourier, Parametrization
-from torchloupe_core.results import texts
 from torchloupe_core.targets import TargetLike
 
 __all__ = ["descents"]
@@ -37,8 +36,8 @@ def descents(
 
     The length measured by L2 (the gradient itself), by L-infinity (its sign), and by L2 among the decorrelated numbers
     of a parametrisation, Fourier unless given: with pixels = A numbers the direction is A A^T gradient (Olah et al.
-    2017, "preconditioning and parameterization"). Raw directions, `[R, 3, C, H, W]` of root mean square 1, are in
-    `diagnostics["directions"]`; drawn, grey is zero.
+    2017, "preconditioning and parameterization"). `raw` are the directions, `[R, 3, C, H, W]`, of root mean square 1;
+    drawn, grey is zero.
     """
     handle = opened(model, device=device)
     begun, forwards = time.perf_counter(), handle.forwards
@@ -71,7 +70,7 @@ def descents(
         columns=COLUMNS,
         values=values,
         indices=torch.full(values.shape, -1),
-        diagnostics={"target": texts(wanted), "directions": found.tolist()},
+        raw=found,
     )
 
 

@@ -19,7 +19,8 @@ class Gallery(Result):
     """Pictures `[R, K, 3, H, W]` in [0, 1], each with a name for its row and for its column.
 
     values: `[R, K]`, what the row's target gives for the picture, NaN where that says nothing. indices: `[R, K]`, which
-    image of the data set it is, -1 for one that was made. diagnostics: what the recipe knows besides.
+    image of the data set it is, -1 for one that was made. raw: the numbers behind drawings of what is no image.
+    diagnostics: what the recipe knows besides.
     """
 
     drawings: ClassVar[str] = "torchloupe_core.plots_visualization"
@@ -29,6 +30,7 @@ class Gallery(Result):
     columns: tuple[str, ...]
     values: Tensor
     indices: Tensor
+    raw: Tensor | None = None
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:

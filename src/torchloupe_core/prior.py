@@ -112,7 +112,5 @@ def as_prior(prior: Prior | nn.Module) -> Prior:
         raise BadInput(f"prior is a torch.nn.Module from codes to images, or a Prior; got {type(prior).__name__}")
     first = next((part for part in prior.modules() if isinstance(part, nn.Linear)), None)
     if first is None:
-        raise BadInput(
-            "the size of the generator's codes is not known; give it: prior=Prior(generator, code=(128, 1, 1))"
-        )
+        raise BadInput("the size of the generator's codes is not known; give prior=tl.Prior(generator, code=...)")
     return Prior(prior, (first.in_features,))

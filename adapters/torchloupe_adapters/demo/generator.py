@@ -25,7 +25,7 @@ __all__ = ["CODE", "SceneGenerator", "codes", "demo_prior", "train"]
 
 CODE = (128, 4, 4)  # the demo model's layer4, averaged to four by four places
 WIDTHS = (96, 64, 48, 32)
-SEED, SCENES, EPOCHS, BATCH, RATE = 9_101, 6_000, 12, 64, 3e-3
+SEED, SCENES, EPOCHS, BATCH, RATE = 9_101, 6_000, 12, 32, 1e-3
 COARSE, FINE = 0.05, 0.05  # weights of the model's own view of the difference, at its second and third stage
 LARGEST = 3.0  # about the 99.9% quantile of the codes of scenes
 
@@ -38,7 +38,8 @@ class SceneGenerator(nn.Module):
         layers: list[nn.Module] = []
         before = CODE[0]
         for width in WIDTHS:
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, width, 3, padding=1), nn.LeakyReLU(0.2)]
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width)]
+            layers += [nn.LeakyReLU(0.2)]
             before = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(before, 3, 3, padding=1))
 
@@ -83,7 +84,8 @@ def _fit(
         total = 0.0
         for chosen in torch.split(torch.randperm(len(images))[: steps * BATCH], BATCH):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = _loss(model, generator(known[chosen]), images[chosen])
+                made = generator(known[chosen].contiguous(memory_format=torch.channels_last))
+                loss = _loss(model, made.float(), images[chosen])
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
             optimizer.step()
