@@ -1,4 +1,4 @@
-"""scikit-learn: principal components, t-SNE, how far a layout can be trusted, and two small data sets it carries."""
+"""scikit-learn: principal components, t-SNE, trustworthiness, k-means, and two small data sets it carries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchloupe_core.embedding import Projection, require_images
 from torchloupe_core.errors import BadInput, MissingDependency
 from torchloupe_core.registry import method
 
-__all__ = ["digits", "pca", "sample_photos", "trustworthiness", "tsne"]
+__all__ = ["clusters", "digits", "pca", "sample_photos", "trustworthiness", "tsne"]
 
 PERPLEXITY = 30.0
 
@@ -85,6 +85,18 @@ def trustworthiness(vectors: Tensor, points: Tensor, neighbors: int) -> float:
     with _needed():
         from sklearn.manifold import trustworthiness as measured
     return float(measured(vectors.numpy(), points.numpy(), n_neighbors=neighbors))
+
+
+def clusters(vectors: NDArray[np.float32], k: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """The cluster of each of `vectors [N, D]`, 0 to k - 1, by k-means, the largest cluster first."""
+    with _needed():
+        from sklearn.cluster import KMeans
+    found = KMeans(k, n_init=4, random_state=seed % 2**32).fit(vectors).labels_
+    order = np.argsort(-np.bincount(found, minlength=k), kind="stable")
+    ranks = np.empty(k, dtype=np.int64)
+    ranks[order] = np.arange(k)
+    numbered: NDArray[np.int64] = ranks[found]
+    return numbered
 
 
 def digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchloupe import checks, errors
+    from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
+    from torchloupe._descents import descents
     from torchloupe._embed import embed
     from torchloupe._examples import examples
     from torchloupe._explain import explain
+    from torchloupe._facets import facets
     from torchloupe._features import features
+    from torchloupe._interactions import class_prototype, directions, interactions, spectrum
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
@@ -36,9 +40,12 @@ if TYPE_CHECKING:
     from torchloupe_core.examples import Examples
     from torchloupe_core.features import FeatureSet
     from torchloupe_core.filters import Filters
+    from torchloupe_core.gallery import Gallery
     from torchloupe_core.handle import Handle
     from torchloupe_core.layout import Layout
+    from torchloupe_core.maco import MaCo
     from torchloupe_core.neighbors import Neighbors
+    from torchloupe_core.prior import Prior
     from torchloupe_core.receptive import ReceptiveField
     from torchloupe_core.results import Attribution
     from torchloupe_core.results import open_result as open
@@ -71,26 +78,36 @@ __all__ = [
     "Examples",
     "FeatureSet",
     "Filters",
+    "Gallery",
     "Grid",
     "Handle",
     "Layout",
+    "MaCo",
     "Neighbors",
+    "Prior",
     "ReceptiveField",
     "Scan",
     "Spec",
     "Target",
     "Visualization",
+    "accentuate",
     "activations",
     "box_score",
+    "caricature",
     "channel",
     "checks",
+    "class_prototype",
     "demo_scenes",
+    "descents",
     "direction",
+    "directions",
     "embed",
     "errors",
     "examples",
     "explain",
+    "facets",
     "features",
+    "interactions",
     "interpolate",
     "layer",
     "load",
@@ -108,6 +125,7 @@ __all__ = [
     "scan",
     "sigmoid",
     "similarity",
+    "spectrum",
     "target",
     "transforms",
     "visualize",
@@ -127,18 +145,28 @@ _HOMES = {
     "Handle": "torchloupe_core.handle",
     "Layout": "torchloupe_core.layout",
     "Neighbors": "torchloupe_core.neighbors",
+    "Gallery": "torchloupe_core.gallery",
+    "MaCo": "torchloupe_core.maco",
+    "Prior": "torchloupe_core.prior",
     "ReceptiveField": "torchloupe_core.receptive",
     "Scan": "torchloupe_core.scans",
     "Spec": "torchloupe_core.spec",
     "Visualization": "torchloupe_core.visualization",
+    "accentuate": "torchloupe._accentuate",
     "activations": "torchloupe._activations",
+    "caricature": "torchloupe._accentuate",
     "checks": "torchloupe.checks:",
+    "class_prototype": "torchloupe._interactions",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "embed": "torchloupe._embed",
+    "descents": "torchloupe._descents",
+    "directions": "torchloupe._interactions",
     "errors": "torchloupe.errors:",
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
     "features": "torchloupe._features",
+    "facets": "torchloupe._facets",
+    "interactions": "torchloupe._interactions",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "neighbors": "torchloupe._neighbors",
@@ -147,6 +175,7 @@ _HOMES = {
     "receptive_field": "torchloupe._receptive",
     "scan": "torchloupe._scan",
     "regularizers": "torchloupe_core.regularizers:",
+    "spectrum": "torchloupe._interactions",
     "target": f"{_TARGETS}:parse",
     "transforms": "torchloupe_core.transforms:",
     "visualize": "torchloupe._visualize",

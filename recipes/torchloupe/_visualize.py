@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
-from torchloupe_core.errors import MissingDependency, NotApplicable
+from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.making import Size, asked, commissioned, made_of, opinions, pictures
 from torchloupe_core.methods.optimize import Made, Read, Task
 from torchloupe_core.parametrizations import ParametrizationLike
+from torchloupe_core.prior import Prior, as_prior
 from torchloupe_core.registry import Method
 from torchloupe_core.regularizers import RegularizersLike
 from torchloupe_core.results import texts
@@ -42,6 +44,7 @@ def visualize(
     transforms: TransformsLike = None,
     regularizers: RegularizersLike = None,
     init: Any = None,
+    prior: Prior | nn.Module | None = None,
     diversity: float = 0.0,
     alignment: float = 0.0,
     read: Read = "auto",
@@ -64,6 +67,7 @@ def visualize(
     "auto" is Lucent where it is installed and can do what is asked, and the result says which it was.
 
     parametrization: "fourier", "pixel", "pyramid", "lowres", "shared", "cppn", or one of `tl.parametrizations`.
+    prior: a generator instead, a `torch.nn.Module` from codes to images or a `tl.Prior`; its code is optimised.
     transforms: "distill" unless given, "yosinski", "none", or a list of `tl.transforms`. regularizers: none unless
     given, "yosinski", a dict as {"tv": 0.1, "l2": 0.01}, or a list of `tl.regularizers`. diversity: weight of the
     penalty on likeness among the n images of a target; alignment: on unlikeness of neighbouring images, for a list as
@@ -79,6 +83,10 @@ def visualize(
     Where the target becomes NaN the run stops, the images are the last good ones, and `stopped` says at which step.
     Raises `NotApplicable` for a target without a gradient, `BadInput` for a size that model or memory do not allow.
     """
+    if prior is not None:
+        if parametrization != "fourier":
+            raise BadInput("with prior= the generator makes the images; leave out parametrization=")
+        parametrization = as_prior(prior)
     options = {"size": size, "init": init, "parametrization": parametrization, "transforms": transforms}
     options |= {"regularizers": regularizers, "diversity": diversity, "alignment": alignment, "read": read, "lr": lr}
     options |= {"snapshots": snapshots, "precision": precision, "interruptible": interruptible}

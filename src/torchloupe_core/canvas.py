@@ -77,6 +77,13 @@ class Canvas:
             )
         return self.encode(values)
 
+    def penalty(self) -> Tensor | None:
+        """What the numbers themselves add to the loss of each image, `[n]`."""
+        return None
+
+    def settle(self) -> None:
+        """After every step: numbers that are out of bounds come back."""
+
     def kept(self) -> list[Tensor]:
         """Copies of the tensors, to go back to."""
         return [tensor.detach().clone() for tensor in self.tensors]

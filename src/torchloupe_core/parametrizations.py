@@ -9,6 +9,7 @@ Mordvintsev et al. 2018, Differentiable Image Parameterizations). Formulas and c
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ class Parametrization:
     coupled: ClassVar[bool] = False
     lr: ClassVar[float] = 0.05
     transparent: ClassVar[bool] = False
+
+    def borrowed(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, what makes the images may be used."""
+        return contextlib.nullcontext()
 
     def canvas(self, draw: Draw, shape: Shape, device: torch.device, dtype: torch.dtype) -> Canvas:
         """The numbers at the start, at random, for as many images of shape (C, H, W) as there are draws."""

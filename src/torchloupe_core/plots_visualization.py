@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchloupe_core import plots
+from torchloupe_core.gallery import Gallery
 from torchloupe_core.visualization import Visualization
 
 __all__: list[str] = []
@@ -63,6 +64,29 @@ def _draw_visualization(
     return drawing, axes
 
 
+@plots.draw.register
+def _draw_gallery(gallery: Gallery, new_figure: Callable[..., Any], *, most: int = MOST_ROWS) -> tuple[Any, Any]:
+    """The pictures in their rows and columns, each with its value."""
+    down, across = min(len(gallery), most), len(gallery.columns)
+    height = TILE * gallery.images.shape[3] / gallery.images.shape[4] + 0.25
+    drawing = new_figure(figsize=(TILE * across + 0.3, height * down + 0.3), layout="constrained")
+    axes = drawing.subplots(down, across, squeeze=False)
+    for row in range(down):
+        for column in range(across):
+            one, value = axes[row][column], gallery.values[row, column].item()
+            says = "" if math.isnan(value) else f"{value:.3g}"
+            _show(one, gallery.images[row, column], f"{gallery.columns[column]}\n{says}" if row == 0 else says)
+            one.set_xticks([])
+            one.set_yticks([])
+            one.spines[:].set_visible(False)
+        axes[row][0].set_ylabel(plots.escaped(_short(gallery.rows[row])), fontsize=7)
+    return drawing, axes
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
+
+
 def _before(made: Visualization) -> list[tuple[str, Tensor]]:
     """What came before the images, in order."""
     found = [] if made.given is None else [("given", made.given)]
@@ -83,9 +107,7 @@ def _show(axes: Any, image: Tensor, title: str) -> None:
 
 
 def _title(made: Visualization, index: int) -> str:
-    target = made.targets[index]
-    target = target if len(target) <= LETTERS else target[: LETTERS - 1] + "…"
-    return f"{target}\n= {made.scores[index].item():.3g}"
+    return f"{_short(made.targets[index])}\n= {made.scores[index].item():.3g}"
 
 
 def _faded(made: Visualization, index: int) -> Tensor:

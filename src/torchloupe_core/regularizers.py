@@ -10,7 +10,7 @@ projection changes the image after the step. All see images `[n, C, H, W]` in [0
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "ClipSmallPixels",
     "GradientBlur",
     "GradientPyramid",
+    "Patches",
     "Regularizer",
     "RegularizersLike",
     "TotalVariation",
@@ -105,6 +106,55 @@ class TotalVariation(Regularizer):
         if self.power != 2:
             squares = (squares + TINY) ** (self.power / 2) - TINY ** (self.power / 2)
         return self.weight * squares.mean((1, 2, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class Patches(Regularizer):
+    """Weight times the mean squared distance of the image's patches from the nearest in a data base (Wei et al. 2015).
+
+    database: images `[N, C, H, W]` in [0, 1] or `uint8`, of which `count` patches are taken at random places. size, in
+    pixels; stride: between the image's own patches. Each patch's mean colour is taken off first, so that shapes are
+    compared and colours are free.
+    """
+
+    database: Tensor = field(repr=False)
+    weight: float = 1.0
+    size: int = 8
+    stride: int = 4
+    count: int = 2048
+    seed: int = 0
+    _known: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = list(self.database.shape)
+        if len(shape) != 4 or min(shape[2:]) < self.size or self.size < 1 or self.stride < 1:
+            raise BadInput(f"a data base of patches of {self.size} pixels is images [N, C, H, W]; got {shape}")
+
+    def penalty(self, images: Tensor) -> Tensor:
+        found = self._cut(images)  # [n, patches, C * size * size]
+        known = self._taken().to(images)
+        with torch.no_grad():
+            nearest = known[torch.cdist(found.flatten(0, 1), known).argmin(1)].view_as(found)
+        return self.weight * (found - nearest).square().mean((1, 2))
+
+    def _cut(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images, self.size, stride=self.stride).transpose(1, 2)
+        parts = patches.view(*patches.shape[:2], images.shape[1], -1)
+        return (parts - parts.mean(3, keepdim=True)).flatten(2)
+
+    def _taken(self) -> Tensor:
+        """`[count, C * size * size]`, taken once."""
+        if not self._known:
+            pixels = self.database.detach().float() / (255.0 if self.database.dtype == torch.uint8 else 1.0)
+            source = torch.Generator().manual_seed(self.seed)
+            n, _, height, width = pixels.shape
+            limits = (n, height - self.size + 1, width - self.size + 1)
+            places = zip(
+                *(torch.randint(limit, (self.count,), generator=source).tolist() for limit in limits), strict=True
+            )
+            parts = [pixels[i, :, top : top + self.size, left : left + self.size] for i, top, left in places]
+            self._known.append(self._cut(torch.stack(parts))[:, 0])
+        return self._known[0]
 
 
 # -- filters of the gradient ------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ _HOMES = {
     "Filters": "torchloupe_core.filters",
     "Grid": "torchloupe_core.evengrid",
     "Neighbors": "torchloupe_core.neighbors",
+    "Gallery": "torchloupe_core.gallery",
     "Visualization": "torchloupe_core.visualization",
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from torchloupe_core.animation import animated
 from torchloupe_core.errors import BadInput
 from torchloupe_core.results import Result
 
@@ -78,3 +81,13 @@ class Visualization(Result):
             known = ", ".join(map(str, self.snapshot_steps)) or "none; ask with snapshots="
             raise BadInput(f"no snapshot after step {step}; there are {known}")
         return self.snapshots[self.snapshot_steps.index(step)]
+
+    def animate(self, path: str | os.PathLike[str], *, fps: float = 12.0) -> Path:
+        """Writes the run as a moving picture, `.gif`, or `.mp4` where ffmpeg is installed, and returns where.
+
+        What was given, each snapshot, then the images; ask for many with `snapshots=range(1, steps, 4)`.
+        """
+        if self.snapshots is None:
+            raise BadInput("there are no snapshots to show; ask for some, as snapshots=range(1, 512, 8)")
+        given = [] if self.given is None else [self.given]
+        return animated([*given, *self.snapshots, self.images], path, fps=fps)

@@ -106,7 +106,8 @@ class Task:
         names += [name for term in self.terms for name in term.layers]
         through = any(bound.target.reads_output for bound in self.targets)
         shape = (self.shape[0], *self.shown)
-        with self.handle.watch(*dict.fromkeys(names), through=through, shape=shape) as watch:
+        watching = self.handle.watch(*dict.fromkeys(names), through=through, shape=shape)
+        with self.parametrization.borrowed(), watching as watch:
             yield watch
 
     def canvas(self) -> Canvas:
@@ -199,9 +200,10 @@ class Run:
         losses, pull = self._objective(views.detach())
         total = -(views * pull.to(views)).sum()
         for one in self.task.regularizers:
-            penalty = one.penalty(images)
-            if penalty is not None:
+            if (penalty := one.penalty(images)) is not None:
                 total, losses = total + penalty.sum(), losses + penalty.detach()
+        if (own := self.canvas.penalty()) is not None:  # an engine's own business
+            losses = losses + own.detach()
         self._require_finite(losses, pull)
         self._losses.append(losses)
         self._good = self.canvas.kept()
@@ -349,7 +351,11 @@ def _step(run: Run, optimizer: Adam) -> None:
             run.about(gradient)
         for one in regularizers:
             gradient = one.filtered(images.detach(), gradient)
-        optimizer.step(torch.autograd.grad((images * gradient).sum(), canvas.tensors))
+        total = (images * gradient).sum()
+        if (penalty := canvas.penalty()) is not None:
+            total = total + penalty.sum()
+        optimizer.step(torch.autograd.grad(total, canvas.tensors))
+    canvas.settle()
     for one in regularizers:
         if one.on_image:
             changed = one.projected(canvas.images().detach(), gradient, run.step + 1)
