@@ -60,11 +60,12 @@ def test_channels_beside_random_directions(data: Tensor) -> None:
     assert found.rows[0].startswith("layer2:") and found.rows[3] == "layer2: random direction 2"
     with handle.watch("layer2") as watch:
         watch(data)
-        features = watch.map("layer2").mean((2, 3))  # [12, 16]
+        features = watch.map("layer2")  # [12, 16, h, w]
     vectors = torch.tensor(found.diagnostics["directions"])
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
     for row in range(4):
-        along = features[:, int(found.rows[row].split(":")[1])] if row < 2 else features @ vectors[row - 2]
+        one_hot = torch.eye(features.shape[1])[int(found.rows[row].split(":")[1])] if row < 2 else vectors[row - 2]
+        along = torch.einsum("nchw,c->nhw", features, one_hot).amax((1, 2))  # a search counts the largest
         best = along.argsort(descending=True, stable=True)[:3]
         assert found.indices[row].tolist() == [-1, *best.tolist()]
         torch.testing.assert_close(found.values[row, 1:], along[best], atol=1e-4, rtol=1e-4)
@@ -87,7 +88,7 @@ def test_a_spectrum_goes_from_the_lowest_answer_to_the_highest(data: Tensor) -> 
     assert found.diagnostics["read"] == ["layer2.relu#2.in:3", "logit:cat"]  # behind the ReLU there is nothing below 0
     with handle.watch("layer2.relu#2.in") as watch:
         watch(data)
-        unit = watch.map("layer2.relu#2.in")[:, 3].mean((1, 2))
+        unit = watch.map("layer2.relu#2.in")[:, 3].amax((1, 2))
     logits = handle.score(data, "logit:cat")
     for row, scores in enumerate((unit, logits)):
         order = scores.argsort(stable=True)
@@ -110,7 +111,7 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     assert list(found.diagnostics["skipped"]) == ["3"] and "not an image" in found.diagnostics["skipped"]["3"]
     for name in ("0.png", "1.png", "2.png"):
         (tmp_path / name).write_bytes(b"no picture")
-    with pytest.raises(BadInput, match="no image of the data set can be read"):
+    with pytest.raises(BadInput, match="none of the 4 images could be read"):
         tl.spectrum(model, "logit:fish", tmp_path, **QUICK)
 
 
