@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,13 @@ def scan_stored(
         found = _looked_up(path, made_by, several) if resume else None
         if found is None:
             writer = held.enter_context(Writer(path / LOCK, crew))
-            if not is_store(path):
-                chosen = _chosen(handle, data, list(statistics), autocast, given)
+
+            def choose() -> tuple[dict[str, int], dict[str, Any]]:
                 threads = torch.get_num_threads() if spread is None else 1
-                Store.make(path, made_by, chosen | {"threads": threads}, _about(handle, data, joint))
-            opened = Store.open(path)
-            _require_same(opened, made_by, given)
-            _require_new(opened, resume or not writer.first)
-            if writer.alone:
-                opened.tidy()
+                chosen = _chosen(handle, data, list(statistics), autocast, given)
+                return chosen | {"threads": threads}, _about(handle, data, joint)
+
+            opened = _opened(path, writer, made_by, given, choose, resume)
             work = Work(handle, data, statistics, joint, opened, _folder(data), workers, autocast, skip_failures)
             found = _Filling(work, writer, progress, spread).complete(several)
     found.seconds = time.perf_counter() - begun
@@ -109,6 +107,27 @@ def _looked_up(path: Path, made_by: Mapping[str, Any], statistics: Sequence[Stat
     for statistic, one in zip(statistics, fresh, strict=True):
         statistic.merge(one)
     return scanned
+
+
+def _opened(
+    path: Path,
+    writer: Writer,
+    made_by: Mapping[str, Any],
+    given: Mapping[str, int],
+    choose: Callable[[], tuple[dict[str, int], dict[str, Any]]],
+    resume: bool,
+) -> Store:
+    """The store to go on with, or a new one, computed as is chosen then. One that holds no block yet is nothing yet."""
+    if writer.first and is_store(path) and not Store.open(path).present():
+        Store.open(path).discard()
+    if not is_store(path):
+        Store.make(path, made_by, *choose())
+    store = Store.open(path)
+    _require_same(store, made_by, given)
+    _require_new(store, resume or not writer.first)
+    if writer.alone:
+        store.tidy()
+    return store
 
 
 class _Filling:

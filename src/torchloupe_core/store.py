@@ -155,6 +155,13 @@ class Store:
                 "the scan that made it goes on from there"
             )
 
+    def discard(self) -> None:
+        """Takes the manifest away, so that another may be made. Raises `StoreError`."""
+        try:
+            (self.path / MANIFEST).unlink()
+        except OSError as error:
+            raise StoreError(f"cannot write into {self.path}: {error.strerror}") from error
+
     def tidy(self) -> None:
         """Takes away what writers that were killed left half-written. For the only writer."""
         for leftover in [*self.path.glob(".*.part"), *(self.path / BLOCKS).glob(".*.part")]:

@@ -233,6 +233,10 @@ def test_rows_that_were_changed_are_noticed(photos: Path, tmp_path: Path) -> Non
     opened = table(tmp_path / "s")
     opened.add(opened.to_arrow().slice(3, 1))  # by someone else
     require_same(stored_features(tmp_path / "s", "relu1"), expected)
+    opened = table(tmp_path / "s")
+    opened.add(opened.to_arrow().slice(8, 8))  # a whole block
+    require_same(stored_features(tmp_path / "s", "relu1"), expected)
+    assert len(table(tmp_path / "s").to_arrow()) == len(expected)
     table(tmp_path / "s").delete("block = 2")
     require_same(stored_features(tmp_path / "s", "relu1"), expected)
 

@@ -71,6 +71,17 @@ def test_only_what_is_missing_is_done(whole: tuple[Path, Any], tmp_path: Path) -
     assert blocks(tmp_path / "s") == blocks(whole[0])
 
 
+def test_blocks_that_are_no_whole_batches(tmp_path: Path) -> None:
+    """Every image once, in its own block, whatever is read ahead across the border."""
+    handle, data = model(), inputs(45)
+    for path in (tmp_path, tmp_path):
+        found, _ = scanned(path, handle, data, block_size=7, batch_size=4)
+        indices, vectors = found["relu1"][4].compute()
+        assert indices.tolist() == list(range(45))
+        torch.testing.assert_close(vectors, tl.activations(handle, data, "relu1").maps.mean((2, 3)))
+    assert [Store.open(tmp_path).facts(block)["images"] for block in range(7)] == [7, 7, 7, 7, 7, 7, 3]
+
+
 def test_what_statistics_held_before_stays() -> None:
     handle, data = model(), inputs(20)
     both, apart = Top(3), Top(3)
@@ -314,7 +325,7 @@ def test_files_are_known_by_name_size_and_time(tmp_path: Path) -> None:
         Image.new("RGB", (40, 40), (place * 60, 0, 0)).save(folder / f"{place}.png")
 
     def ask() -> None:
-        scanned(tmp_path / "s", handle, folder)
+        scanned(tmp_path / "s", handle, folder, batch_size=2, block_size=2)
 
     ask()
     (tmp_path / "s/blocks/00000000.npz").unlink()

@@ -111,6 +111,9 @@ def test_ranks_of_one_run_write_together_and_take_different_blocks(tmp_path: Pat
     with Writer(tmp_path / "lock", Crew(0, 2, "run")) as writer:
         assert not writer.first and not writer.alone
         assert writer.take(4) and not writer.take(5)
+    with pytest.raises(StoreError, match="is in use"), Writer(tmp_path / "lock", Crew(0, 2, "another")):
+        pass
+    with Writer(tmp_path / "lock", Crew(0, 2, "run")) as writer:
         killed(child)
         assert writer.take(5)
     for crew in (Crew(0, 2, "another"), Crew()):

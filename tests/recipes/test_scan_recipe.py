@@ -133,3 +133,4 @@ def test_layers_are_chosen(photos: Path, tmp_path: Path) -> None:
     assert tl.scan("demo", photos, "layer1", store=tmp_path / "b").layers == ("layer1",)
     with pytest.raises(UnknownName, match="layer9"):
         tl.scan("demo", photos, "layer9", store=tmp_path / "c")
+    assert tl.scan("demo", photos, "layer2", store=tmp_path / "c").layers == ("layer2",)  # nothing was there yet
