@@ -70,7 +70,7 @@ class Objective:
 
         if self.task.reference is not None:
             raise NotApplicable("what is compared with a given image changes at every step; leave out compile=")
-        graph = make_fx(self._ask)(views, share)
+        graph = make_fx(lambda views, share: self._ask(views, share))(views, share)  # it counts a method's self
         backend = self.task.compile if isinstance(self.task.compile, str) else "inductor"
         compiled = torch.compile(graph, backend=backend, dynamic=False)
 
