@@ -4,10 +4,11 @@
     python benchmarks/visualize.py cost memory      the rows whose name begins so
     python benchmarks/visualize.py quality --steps 128 --units 12
 
-Costs are ratios to a bare loop of forward and backward passes to the image through the network cut off after the layer,
-with frozen parameters, at the same size and number of images; medians of rounds in which each runs once. Lucent is its
-own `render_vis` with its own hooks, transforms and defaults. Quality counts the units whose activation, for the final
-image at the model's own size, our default moves at least as far as Lucent's default at equal steps.
+Costs are those of a step, from runs of two lengths, as ratios to a bare loop of forward and backward passes to the
+image through the network cut off after the layer, with frozen parameters, at the same size and number of images;
+medians of rounds in which each runs once. Lucent is its own `render_vis` with its own hooks, transforms and defaults.
+Quality counts the units whose activation, for the final image at the model's own size, our default moves at least as
+far as Lucent's at equal steps.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
 
 import torchloupe as tl
 
-Work = Callable[[], object]
+Steps = Callable[[int], object]
 
-SIZE, STEPS, CHANNEL = 224, 3, 11
+SIZE, FEW, MANY, CHANNEL = 224, 1, 6, 11
 ROUNDS = 3
 
 
@@ -76,14 +78,14 @@ def _target(layer: str, channel: int = CHANNEL) -> str:
     return f"logit:{channel}" if layer == "fc" else f"{layer}:{channel}"
 
 
-def _bare(module: nn.Module, layer: str, images: int = 1, steps: int = STEPS) -> Work:
+def _bare(module: nn.Module, layer: str, images: int = 1) -> Steps:
     """Forward and backward passes to the image, through the layers up to the last one needed."""
     children = list(module.named_children())
     stages = [part for _, part in children[: [name for name, _ in children].index(layer) + 1]]
     head = [nn.Flatten()] if layer == "fc" else []
     network = nn.Sequential(*stages[: -1 if head else None], *head, *(stages[-1:] if head else []))
 
-    def work() -> None:
+    def work(steps: int) -> None:
         x = torch.randn(images, 3, SIZE, SIZE).requires_grad_(True)
         for _ in range(steps):
             torch.autograd.grad(network(x)[:, CHANNEL].mean(), x)
@@ -91,20 +93,19 @@ def _bare(module: nn.Module, layer: str, images: int = 1, steps: int = STEPS) ->
     return work
 
 
-def _native(handle: tl.Handle, target: Any, **options: Any) -> Work:
-    options = {"steps": STEPS, "method": "native", "progress": False, **options}
-    return lambda: tl.visualize(handle, target, **options)
+def _native(handle: tl.Handle, target: Any, **options: Any) -> Steps:
+    options = {"method": "native", "progress": False, **options}
+    return lambda steps: tl.visualize(handle, target, steps=steps, **options)
 
 
-def _lucent(
-    module: nn.Module, layer: str, steps: int = STEPS, channel: int = CHANNEL, **options: Any
-) -> Callable[[], Tensor]:
+def _lucent(module: nn.Module, layer: str, channel: int = CHANNEL, **options: Any) -> Callable[[int], Tensor]:
     from lucent.optvis import param, render
 
     options = {"param_f": lambda: param.image(SIZE), **options}
 
-    def work() -> Tensor:
+    def work(steps: int) -> Tensor:
         torch.manual_seed(0)
+        np.random.seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
             (image,) = render.render_vis(
                 module, f"{layer}:{channel}", thresholds=(steps,), progress=False, show_image=False, **options
@@ -116,17 +117,19 @@ def _lucent(
     return work
 
 
-def _medians(*works: Work) -> list[float]:
-    """Seconds of each, taken in turn."""
+def _medians(*works: Steps) -> list[float]:
+    """Seconds of a step of each, taken in turn."""
     for work in works:
-        work()
+        work(FEW)
     times: list[list[float]] = [[] for _ in works]
     for turn in range(ROUNDS):
         order = list(range(len(works)))
         for place in order if turn % 2 == 0 else reversed(order):
             begun = time.process_time()
-            works[place]()
-            times[place].append(time.process_time() - begun)
+            works[place](FEW)
+            between = time.process_time()
+            works[place](MANY)
+            times[place].append((time.process_time() - between - (between - begun)) / (MANY - FEW))
     return [statistics.median(one) for one in times]
 
 
@@ -160,7 +163,7 @@ def _many() -> None:
 def _diversity() -> None:
     handle = tl.wrap(_resnet50())
     plain, diverse = _medians(
-        *(_native(handle, "layer3:11", n=16, batch_size=16, steps=1, diversity=weight) for weight in (0.0, 1.0))
+        *(_native(handle, "layer3:11", n=16, batch_size=16, diversity=weight) for weight in (0.0, 1.0))
     )
     _say("with the term / without", diverse / plain, 1.05)
 
@@ -184,7 +187,7 @@ def _grown(images: int) -> int:
     handle = tl.wrap(_resnet50())
     handle.trace((3, SIZE, SIZE))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _native(handle, [f"layer3:{channel}" for channel in range(images)], steps=2)()
+    _native(handle, [f"layer3:{channel}" for channel in range(images)])(2)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
@@ -203,24 +206,28 @@ def _quality(handle: tl.Handle, steps: int, count: int) -> None:
     chosen = sorted(random.Random(0).sample(units, count))
     targets = [f"{layer}:{channel}" for layer, channel in chosen]
     ours = tl.visualize(handle, targets, steps=steps, method="native")
-    theirs = torch.cat([_lucent_image(handle, layer, channel, steps) for layer, channel in chosen])
     scores = handle.score(handle.spec.normalised(ours.images), targets)
-    others = handle.score(handle.spec.normalised(theirs), targets)
+    _say("our least contrast (mean distance from grey)", _contrast(ours.images).min().item())
+    for name, enlarged in (("Lucent's default", True), ("Lucent told the model's size", False)):
+        print(f"    against {name}")
+        theirs = torch.cat([_lucent_image(handle, layer, channel, steps, enlarged) for layer, channel in chosen])
+        _compare(targets, scores, handle.score(handle.spec.normalised(theirs), targets))
+        _say("its least contrast", _contrast(theirs).min().item())
+
+
+def _compare(targets: Sequence[str], scores: Tensor, others: Tensor) -> None:
     for name, each in (
         ("ours at least Lucent's", scores >= others),
         ("ours at least 95% of it", scores >= 0.95 * others),
     ):
         _say(name, each.float().mean().item(), 0.9 if name == "ours at least Lucent's" else None, least=True)
     _say("median of ours / Lucent's", (scores / others.clamp(min=1e-6)).median().item())
-    _say("our least contrast (mean distance from grey)", _contrast(ours.images).min().item())
-    _say("Lucent's least contrast", _contrast(theirs).min().item())
     for name, a, b in zip(targets, scores.tolist(), others.tolist(), strict=True):
         print(f"        {name:14} {a:9.4f} {b:9.4f} {'' if a >= b else '<'}")
-    torch.save((targets, ours.images, theirs), f"/tmp/quality_{len(handle.classes or [])}.pt")
 
 
-def _lucent_image(handle: tl.Handle, layer: str, channel: int, steps: int) -> Tensor:
-    """Lucent's default at the model's own size: its normalisation is the model's, it enlarges to 224 pixels itself."""
+def _lucent_image(handle: tl.Handle, layer: str, channel: int, steps: int, enlarged: bool) -> Tensor:
+    """Lucent's image of the model's own size, normalised as the model's; enlarged: to 224 pixels, as Lucent does."""
     from lucent.optvis import param, transform
 
     side = handle.spec.input_size[1]  # type: ignore[index]
@@ -229,13 +236,13 @@ def _lucent_image(handle: tl.Handle, layer: str, channel: int, steps: int) -> Te
         make = _lucent(
             handle.module,
             layer,
-            steps,
             channel,
             param_f=lambda: param.image(side),
+            fixed_image_size=None if enlarged else side,
             transforms=steps_of_lucent,
             preprocess=False,
         )
-        return make()
+        return make(steps)
 
 
 def _contrast(images: Tensor) -> Tensor:

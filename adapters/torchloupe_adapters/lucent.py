@@ -20,9 +20,10 @@ from torchloupe_core.adam import Adam
 from torchloupe_core.canvas import Canvas
 from torchloupe_core.colour import mixed
 from torchloupe_core.errors import MissingDependency, NotApplicable
-from torchloupe_core.methods.optimize import Made, Run, Task
+from torchloupe_core.methods.optimize import Run
 from torchloupe_core.parametrizations import CPPN, Fourier, LowRes, Pixel, Pyramid, Shared
 from torchloupe_core.registry import method
+from torchloupe_core.task import Made, Task
 
 __all__ = ["lucent"]
 

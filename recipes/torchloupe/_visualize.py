@@ -17,13 +17,13 @@ from torchloupe_core import registry
 from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.making import Size, asked, commissioned, made_of, opinions, pictures
-from torchloupe_core.methods.optimize import Made, Read, Task
 from torchloupe_core.parametrizations import ParametrizationLike
 from torchloupe_core.prior import Prior, as_prior
 from torchloupe_core.registry import Method
 from torchloupe_core.regularizers import RegularizersLike
 from torchloupe_core.results import texts
 from torchloupe_core.targets import Target, TargetLike
+from torchloupe_core.task import Made, Read, Task
 from torchloupe_core.transforms import TransformsLike
 from torchloupe_core.visualization import Visualization
 
@@ -56,6 +56,7 @@ def visualize(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     precision: torch.dtype | None = None,
+    compile: bool | str = False,
     interruptible: bool = False,
     progress: bool | None = None,
 ) -> Visualization:
@@ -78,7 +79,8 @@ def visualize(
     on; "pre" asks for what goes into the ReLU; "post" takes the target as it is. lr: of Adam, 0.05 unless the
     parametrisation has its own. snapshots: steps after which images are kept. batch_size: of images at once, which
     makes no difference but in rounding. memory_format: `torch.channels_last` may be faster; precision: as
-    `torch.bfloat16`, of autocast. interruptible: Ctrl-C ends the run early and what was made is returned.
+    `torch.bfloat16`, of autocast. compile: forward and backward pass by `torch.compile`, once for each batch size; or
+    the name of its backend. interruptible: Ctrl-C ends the run early and what was made is returned.
 
     Where the target becomes NaN the run stops, the images are the last good ones, and `stopped` says at which step.
     Raises `NotApplicable` for a target without a gradient, `BadInput` for a size that model or memory do not allow.
@@ -89,7 +91,7 @@ def visualize(
         parametrization = as_prior(prior)
     options = {"size": size, "init": init, "parametrization": parametrization, "transforms": transforms}
     options |= {"regularizers": regularizers, "diversity": diversity, "alignment": alignment, "read": read, "lr": lr}
-    options |= {"snapshots": snapshots, "precision": precision, "interruptible": interruptible}
+    options |= {"snapshots": snapshots, "precision": precision, "compile": compile, "interruptible": interruptible}
     handle = opened(model, device=device, dtype=dtype, memory_format=memory_format)
     return rendered(
         handle,

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from torchloupe_core.atoms import Unit
 from torchloupe_core.errors import BadInput, LoupeError, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
-from torchloupe_core.methods.optimize import Made, Read, Task
 from torchloupe_core.pace import Pace, out_of_memory
 from torchloupe_core.parametrizations import ParametrizationLike, as_parametrization
 from torchloupe_core.preactivation import read_before_rectifier
 from torchloupe_core.regularizers import RegularizersLike, as_regularizers
 from torchloupe_core.targets import Bound, Target, TargetLike, as_targets
+from torchloupe_core.task import Made, Read, Task
 from torchloupe_core.terms import Alignment, Diversity, Term
 from torchloupe_core.transforms import Crops, Transform, TransformsLike, as_transforms
 

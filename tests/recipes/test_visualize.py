@@ -620,3 +620,24 @@ def test_drawings() -> None:
     assert [len(row) for row in axes] == [3, 3] and axes[0][0].get_title(loc="left") == "step 1"
     assert len(figure.axes) == 7 and len(figure.axes[-1].lines) == 2
     assert steps._repr_png_()[:4] == b"\x89PNG"
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("specimen", ["residual", "vit_registers"])
+def test_compiled_passes_give_the_same_image(specimen: str) -> None:
+    """With the backend that runs the captured graph as it is, so that no compiler is needed."""
+    handle, _ = SPECIMENS[specimen]()
+    targets = [f"{handle.features}:3", "logit:cat"]
+    before = Snapshot(handle.module)
+    plain, compiled = (
+        tl.visualize(handle, targets, steps=6, compile=backend, **NATIVE) for backend in (False, "eager")
+    )
+    assert (plain.images - compiled.images).abs().max() < 1e-3
+    assert (plain.images - 0.5).abs().max() > 0.02 and before.differences() == []
+    with pytest.raises(NotApplicable, match="leave out compile="):
+        tl.accentuate(
+            handle, torch.rand(1, *handle.input_shape), "logit:cat", steps=1, compile="eager", method="native"
+        )
