@@ -13,6 +13,7 @@ __all__ = ["METHODS", "SHORT_NAMES"]
 _ATTENTION = "torchloupe_core.methods.attention"
 _CAM = "torchloupe_core.methods.cam"
 _CAM_MASKS = "torchloupe_core.methods.cam_masks"
+_INFLUENCE = "torchloupe_core.methods.influence"
 _CAPTUM = (
     "deconvolution",
     "deep_lift",
@@ -47,6 +48,9 @@ METHODS = {
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
+    **{
+        ("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")
+    },
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torchloupe._examples import examples
     from torchloupe._explain import explain
     from torchloupe._features import features
+    from torchloupe._influence import influence
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torchloupe_core.features import FeatureSet
     from torchloupe_core.filters import Filters
     from torchloupe_core.handle import Handle
+    from torchloupe_core.influence import Influence
     from torchloupe_core.layout import Layout
     from torchloupe_core.neighbors import Neighbors
     from torchloupe_core.receptive import ReceptiveField
@@ -73,6 +75,7 @@ __all__ = [
     "Filters",
     "Grid",
     "Handle",
+    "Influence",
     "Layout",
     "Neighbors",
     "ReceptiveField",
@@ -91,6 +94,7 @@ __all__ = [
     "examples",
     "explain",
     "features",
+    "influence",
     "interpolate",
     "layer",
     "load",
@@ -125,6 +129,7 @@ _HOMES = {
     "Filters": "torchloupe_core.filters",
     "Grid": "torchloupe_core.evengrid",
     "Handle": "torchloupe_core.handle",
+    "Influence": "torchloupe_core.influence",
     "Layout": "torchloupe_core.layout",
     "Neighbors": "torchloupe_core.neighbors",
     "ReceptiveField": "torchloupe_core.receptive",
@@ -139,6 +144,7 @@ _HOMES = {
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
     "features": "torchloupe._features",
+    "influence": "torchloupe._influence",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "neighbors": "torchloupe._neighbors",

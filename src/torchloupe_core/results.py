@@ -43,9 +43,16 @@ _HOMES = {
     "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
+<<<<<<< HEAD
     "Grid": "torchloupe_core.evengrid",
     "Neighbors": "torchloupe_core.neighbors",
+<<<<<<< HEAD
     "Visualization": "torchloupe_core.visualization",
+=======
+=======
+    "Influence": "torchloupe_core.influence",
+>>>>>>> 306f5aa (Influence of training images through the linear head, in closed form)
+>>>>>>> 5b04c85 (Influence of training images through the linear head, in closed form)
 }
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)

@@ -1,0 +1,124 @@
+"""The training images a prediction rests on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from torchloupe._models import ModelLike, opened
+from torchloupe._versions import versions
+from torchloupe_adapters.tqdm import progress_bar
+from torchloupe_core import registry
+from torchloupe_core.dataset import DataSet, open_data
+from torchloupe_core.handle import Handle
+from torchloupe_core.influence import Influence
+from torchloupe_core.labels import Given
+from torchloupe_core.losses import LossLike, as_loss
+from torchloupe_core.methods.study import Asked, Decay, head_study
+from torchloupe_core.targets import Target, TargetLike, as_target
+
+__all__ = ["influence"]
+
+LOSS = "positive: the image supported the prediction; removing it raises the test loss"
+TARGET = "positive: the image supported the target; removing it lowers the target"
+
+
+def influence(
+    model: ModelLike,
+    train: Any,
+    test: Any,
+    *,
+    method: str = "cg",
+    loss: LossLike = None,
+    target: TargetLike | Sequence[TargetLike] | None = None,
+    labels: Given = None,
+    test_labels: Given = None,
+    weight_decay: Decay = None,
+    damping: float | None = None,
+    check: int = 16,
+    seed: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    skip_failures: bool = True,
+    progress: bool | None = None,
+    **options: Any,
+) -> Influence:
+    """How much each training image supports the model's answer for each test image: `scores [N_test, N_train]`.
+
+    A positive score says that the image supported the prediction: removing it raises the loss of the test image, or
+    lowers the `target` asked about. Scores of methods with curvature are that change itself, to first order.
+
+    By default only the head is asked about, the last linear layer, in closed form: one pass over each data set. loss:
+    "cross_entropy", "squared" (half the squared distance to the label's unit vector, or to the label where there is one
+    output), or a function (logits `[N, K]`, labels `[N]`) -> `[N]`. Without a target the question is the test's loss for
+    its label, or for the predicted class where it has none. labels, test_labels: in place of the data sets' own.
+
+    weight_decay: of the training, for the *mean* loss: mean loss + weight_decay / 2 x |parameters|^2, as
+    `torch.optim.SGD` takes it, or a table by parameter name. damping: added to the curvature's eigenvalues, in the same
+    units; without weight decay a tenth of their mean unless given. Where the objective is summed over n images divide
+    its factors by n. check: so many training images are really removed, the head fitted again, and the correlation
+    reported (0: none). The model answers in eval mode.
+
+    Raises `BadInput` where training labels are missing or no class of the model, `NotApplicable` where the Hessian is
+    indefinite or singular, or the model ends in no linear layer.
+    """
+    entry = registry.find("influence", method)
+    entry.check_options(options)
+    handle = opened(model, device=device, dtype=dtype)
+    begun, forwards = time.perf_counter(), handle.forwards
+    train_data, test_data = open_data(train, handle.spec), _tests(test, handle)
+    asked = Asked(as_loss(loss), _targets(target), labels, test_labels, weight_decay, damping, seed)
+    reading = {"batch_size": batch_size, "workers": workers, "skip_failures": skip_failures}
+    with progress_bar("influence", "images", progress) as report, handle.borrow():
+        study = head_study(handle, train_data, test_data, asked, report, **reading)
+        answer = entry.run(study.problem, **options)
+        diagnostics = study.judged(answer, check)
+    alone = len(answer.scores) != len(study.test_indices)  # each training image by itself
+    best = study.logits.softmax(1).max(1)
+    return Influence(
+        method=entry.name,
+        backend=entry.backend,
+        seed=seed,
+        seconds=time.perf_counter() - begun,
+        forwards=handle.forwards - forwards,
+        versions=versions(entry.backend),
+        options={**entry.options, **options},
+        scores=answer.scores.to("cpu", torch.float64 if handle.dtype == torch.float64 else torch.float32),
+        sign=LOSS if target is None or alone else TARGET,
+        units=answer.units,
+        about=("its own loss",) if alone else study.about,
+        train_indices=study.train_indices,
+        test_indices=study.test_indices[: 0 if alone else None],
+        train_labels=study.train_labels,
+        test_labels=study.test_labels[: 0 if alone else None],
+        predictions=best.indices[: 0 if alone else None],
+        confidences=best.values.float()[: 0 if alone else None],
+        layers=study.layers,
+        parameters=study.problem.size,
+        diagnostics=diagnostics,
+        classes=handle.classes,
+        skipped=study.skipped,
+        names={} if train_data.names is None else {str(n): name for n, name in enumerate(train_data.names)},
+        train=train_data,
+        test=test_data,
+    )
+
+
+def _tests(test: Any, handle: Handle) -> DataSet:
+    """A data set of the test images, of which there may be one."""
+    alone = isinstance(test, Image) or (getattr(test, "ndim", 0) == 3 and hasattr(test, "shape"))
+    return open_data([test] if alone else test, handle.spec)
+
+
+def _targets(target: TargetLike | Sequence[TargetLike] | None) -> list[Target] | None:
+    if target is None:
+        return None
+    if isinstance(target, str) or not isinstance(target, Sequence):
+        return [as_target(target)]
+    return [as_target(one) for one in target]

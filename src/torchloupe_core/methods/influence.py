@@ -1,0 +1,204 @@
+"""Influence functions (Koh and Liang 2017): what removing a training image would do, to first order.
+
+    score = 1/n  q^T (H + decay + damping)^-1 g
+
+q is the gradient of the test image's loss, or of minus a target; g that of the training image's loss; H the curvature of
+the mean loss over n training images. Removing the training image changes the loss of the test by about the score.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchloupe_core.errors import BadInput
+from torchloupe_core.memory import require
+from torchloupe_core.methods.head import HeadProblem
+from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
+from torchloupe_core.methods.removal import newton_removal
+from torchloupe_core.methods.solvers import (
+    Krylov,
+    Solved,
+    conjugate_gradients,
+    factored,
+    indefinite,
+    lanczos,
+    neumann,
+)
+from torchloupe_core.registry import method
+
+__all__ = ["arnoldi", "cg", "exact", "gradient_dot", "lissa", "self_influence"]
+
+CHANGE = "the change when the training image is removed, to first order"
+NEWTON = "the change when the training image is removed, after one step of Newton's method from there"
+DOT = "the gradients' dot product over n, a step of gradient descent with rate 1 that leaves the training image out"
+ITSELF = "the change of the training image's own loss when it is removed, to first order"
+NORM = "the squared norm of the gradient over n"
+
+SPECTRUM = 40  # products with the Hessian to see its extreme eigenvalues
+MARGIN = 1.1  # by which the scale of lissa exceeds the top eigenvalue
+
+_KOH = "Koh and Liang 2017, Understanding Black-box Predictions via Influence Functions"
+
+
+@method("influence", "exact", cost="1 pass + a Cholesky factor of P x P, P up to 5,000", paper=_KOH)
+def exact(problem: Problem, *, removal: Literal["first_order", "newton"] = "first_order") -> Answer:
+    """The Hessian written down and factored.
+
+    removal="newton", for the head: the loss after one step of Newton's method without the training image, which is
+    leave-one-out itself where the loss is squared; no linear approximation of the test's loss either.
+    """
+    _require_explicit(problem, "exact")
+    factor = factor_of(problem)
+    vectors = torch.cholesky_solve(problem.questions.T, factor).T
+    solved = Solved(vectors, 1, _residual_of(problem, vectors))
+    if removal == "first_order":
+        return _answered(problem, solved, CHANGE, spectrum_of(problem, factor))
+    if removal != "newton":
+        raise BadInput(f'removal is "first_order" or "newton"; got {removal!r}')
+    if not isinstance(problem, HeadProblem):
+        raise BadInput("removal='newton' is for the linear head; for other layers take removal='first_order'")
+    diagnostics = {**_facts(solved), "eigenvalues": spectrum_of(problem, factor)}
+    return Answer(newton_removal(problem, factor), NEWTON, vectors, diagnostics)
+
+
+@method("influence", "cg", cost="1 pass for each iteration; the head is read once", paper=f"{_KOH}, section 3")
+def cg(problem: Problem, *, tolerance: float = 1e-5, iterations: int = 1_000) -> Answer:
+    """Conjugate gradients, until the residual is `tolerance` of the right-hand side, at most `iterations`."""
+    _require_positive(tolerance=tolerance, iterations=iterations)
+    if isinstance(problem, HeadProblem) and problem.size <= min(LARGEST_EXPLICIT, 8 * problem.n):
+        problem.matrix()  # a few passes over the features, and every iteration is a small product
+    solved = conjugate_gradients(problem.damped, problem.questions, tolerance=tolerance, iterations=iterations)
+    return _answered(problem, solved, CHANGE, spectrum_of(problem))
+
+
+@method("influence", "lissa", cost="1 pass for each of depth steps", paper="Agarwal et al. 2017, LiSSA; " + _KOH)
+def lissa(problem: Problem, *, scale: float | None = None, depth: int = 20_000, tolerance: float = 1e-3) -> Answer:
+    """The Neumann series of the damped Hessian over `scale`, which is chosen a little above its top eigenvalue.
+
+    Ends when the residual is `tolerance` of the right-hand side, at the latest after `depth` steps; how far it came is
+    in the diagnostics. Raises `BadInput` where it diverges.
+    """
+    _require_positive(tolerance=tolerance, depth=depth, scale=1.0 if scale is None else scale)
+    if isinstance(problem, HeadProblem) and problem.size <= min(LARGEST_EXPLICIT, 8 * problem.n):
+        problem.matrix()
+    spectrum = spectrum_of(problem)
+    largest = spectrum["largest"] + float(torch.as_tensor(problem.decay).max()) + problem.damping
+    solved = neumann(
+        problem.damped, problem.questions, scale=scale or MARGIN * largest, depth=depth, tolerance=tolerance
+    )
+    answer = _answered(problem, solved, CHANGE, spectrum)
+    return Answer(
+        answer.scores, answer.units, answer.vectors, {**answer.diagnostics, "scale": scale or MARGIN * largest}
+    )
+
+
+@method(
+    "influence",
+    "arnoldi",
+    cost="1 pass for each of steps products",
+    paper="Schioppa et al. 2022, Scaling Up Influence Functions",
+)
+def arnoldi(problem: Problem, *, steps: int = 200, rank: int = 50) -> Answer:
+    """The inverse on the eigenvectors of the `rank` largest eigenvalues alone, as `steps` of Lanczos' method see them."""
+    _require_positive(steps=steps, rank=rank)
+    values, vectors = _krylov(problem, max(steps, rank)).ritz()
+    values, vectors = values[-rank:], vectors[-rank:]
+    positive = values > 0
+    values, vectors = values[positive], vectors[positive]
+    decay = (vectors.square() * problem.decay).sum(1)  # of each direction
+    inverse = 1 / (values + decay + problem.damping)
+    found = ((problem.questions @ vectors.T) * inverse) @ vectors
+    solved = Solved(found, steps, _residual_of(problem, found))
+    spectrum = {"largest": values[-1].item(), "smallest_kept": values[0].item(), "kept": len(values)}
+    return _answered(problem, solved, f"{CHANGE}, within {len(values)} directions", spectrum)
+
+
+@method(
+    "influence",
+    "gradient_dot",
+    cost="1 pass",
+    paper="Charpiat et al. 2019, Input Similarity from the Neural Network Perspective",
+)
+def gradient_dot(problem: Problem) -> Answer:
+    """The dot product of the gradients, with no curvature."""
+    return Answer(problem.dots(problem.questions) / problem.n, DOT, problem.questions)
+
+
+@method("influence", "self", cost="as exact", paper=f"{_KOH}, section 5.4")
+def self_influence(problem: Problem, *, curvature: bool = True) -> Answer:
+    """Each training image's influence on its own loss, `[1, n]`; what the test images are does not matter.
+
+    Large where an image is fitted against the others, as with a wrong label. curvature=False: its gradient's squared
+    norm.
+    """
+    scores = problem.parameters.new_empty(1, problem.n)
+    if curvature:
+        _require_explicit(problem, "self")
+        factor = factor_of(problem)
+    for begin, block in problem.gradients():
+        whitened = torch.linalg.solve_triangular(factor, block.T, upper=False).T if curvature else block
+        scores[0, begin : begin + len(block)] = whitened.square().sum(1) / problem.n
+        problem.report(begin + len(block), problem.n)
+    if not curvature:
+        return Answer(scores, NORM)
+    return Answer(scores, ITSELF, diagnostics={"eigenvalues": spectrum_of(problem, factor)})
+
+
+def factor_of(problem: Problem) -> Tensor:
+    """The Cholesky factor of the damped curvature. Raises `NotApplicable` if it is singular or indefinite."""
+    return problem.factor if isinstance(problem, HeadProblem) else factored(problem.damped_matrix())
+
+
+def spectrum_of(problem: Problem, factor: Tensor | None = None) -> dict[str, float]:
+    """The extreme eigenvalues of the curvature without decay and damping, as Lanczos' method sees them.
+
+    The smallest is an upper bound, and exact to some digits where the factor is known. Raises `NotApplicable` if the
+    damped curvature has a negative one.
+    """
+    if isinstance(problem, HeadProblem) and problem._matrix is not None:
+        eigenvalues = torch.linalg.eigvalsh(problem._matrix)
+        return {"largest": eigenvalues[-1].item(), "smallest": eigenvalues[0].item()}
+    values, _ = _krylov(problem, SPECTRUM).ritz()
+    least = values[0].item()
+    floor = float(torch.as_tensor(problem.decay).min()) + problem.damping
+    if least + floor < -1e-9 * values[-1].abs().item():
+        raise indefinite(least, "at most")
+    return {"largest": values[-1].item(), "smallest": least}
+
+
+def _krylov(problem: Problem, steps: int) -> Krylov:
+    return lanczos(problem.times, problem.size, steps, problem.parameters, problem.seed)
+
+
+def _answered(problem: Problem, solved: Solved, units: str, spectrum: dict[str, float]) -> Answer:
+    scores = problem.dots(solved.vectors) / problem.n
+    return Answer(scores, units, solved.vectors, {**_facts(solved), "eigenvalues": spectrum})
+
+
+def _facts(solved: Solved) -> dict[str, float | bool]:
+    return {"iterations": solved.iterations, "residual": solved.residual, "converged": solved.converged}
+
+
+def _residual_of(problem: Problem, vectors: Tensor) -> float:
+    questions = problem.questions
+    norm = questions.norm(dim=1)
+    off = (questions - problem.damped(vectors)).norm(dim=1)
+    return (off / norm.where(norm > 0, 1.0)).max().item() if len(questions) else 0.0
+
+
+def _require_explicit(problem: Problem, name: str) -> None:
+    if problem.size > LARGEST_EXPLICIT:
+        raise BadInput(
+            f"{name!r} writes down the Hessian of {problem.size:,} parameters, more than {LARGEST_EXPLICIT:,}; take "
+            "method='cg' or 'ekfac', or fewer layers"
+        )
+    require(4 * 8 * problem.size**2, f"a Hessian of {problem.size:,} parameters", problem.parameters.device)
+
+
+def _require_positive(**options: float) -> None:
+    for name, value in options.items():
+        if not value > 0:
+            raise BadInput(f"{name} is more than 0; got {value}")

@@ -1,0 +1,128 @@
+"""What a method of influence is asked: the training images' gradients, the curvature of their loss, the tests."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LARGEST_EXPLICIT", "Answer", "Problem"]
+
+LARGEST_EXPLICIT = 5_000  # parameters whose Hessian is written down and factored
+MEAN_SHARE = 0.1  # of the mean eigenvalue: damping where no weight decay is known (Grosse et al. 2023, section 2.2)
+
+
+@dataclass
+class Answer:
+    """What a method found.
+
+    scores: `[T, n]`, positive where the training image supported what is asked about. units: what a score of 1 means.
+    vectors: `[T, P]`, so that a score is a product of one with the gradient of a training image, over n, where that is
+    how they were made. diagnostics: of the solver.
+    """
+
+    scores: Tensor
+    units: str
+    vectors: Tensor | None = None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Problem(ABC):
+    """P parameters, n training images, T questions.
+
+    The objective is the mean loss of the n images + sum of decay / 2 x parameter^2. `decay` is a number, or one for
+    each parameter `[P]`. Gradients and curvature below are those of the mean loss alone, without weight decay.
+
+    seed: of everything random. report(done, total): is told of the work done.
+    """
+
+    decay: float | Tensor
+    given_damping: float | None
+    seed: int
+    report: Callable[[int, int], None]
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """How many training images."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """P, how many parameters."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Tensor:
+        """`[P]`, their values."""
+
+    @property
+    @abstractmethod
+    def questions(self) -> Tensor:
+        """`[T, P]`: the gradient of each test image's loss, or of minus its target."""
+
+    @abstractmethod
+    def dots(self, vectors: Tensor) -> Tensor:
+        """`[m, n]`: each vector `[m, P]` times the gradient of each training image's loss."""
+
+    @abstractmethod
+    def times(self, vectors: Tensor) -> Tensor:
+        """`[m, P]`: the curvature of the mean loss times each vector."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[int, Tensor]]:
+        """The gradients of all training images' losses in blocks: where a block begins, and `[B, P]`."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """`[P, P]`: the curvature, written down. Raises `BadInput` where the memory does not suffice."""
+
+    @property
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of the curvature's eigenvalues, or an estimate."""
+
+    @property
+    @abstractmethod
+    def typical_gradient(self) -> float:
+        """The norm of the gradient of a training image's loss, at the median."""
+
+    @cached_property
+    def mean_gradient(self) -> Tensor:
+        """`[P]`: of the mean loss."""
+        total = torch.zeros_like(self.parameters)
+        for _, block in self.gradients():
+            total += block.sum(0)
+        return total / self.n
+
+    @cached_property
+    def damping(self) -> float:
+        """What is added to the curvature's eigenvalues beside the weight decay."""
+        if self.given_damping is not None:
+            return self.given_damping
+        return 0.0 if self.decayed else MEAN_SHARE * self.trace / self.size
+
+    @property
+    def decayed(self) -> bool:
+        """Whether there is a weight decay on any parameter."""
+        return bool(torch.as_tensor(self.decay > 0).any())
+
+    def damped(self, vectors: Tensor) -> Tensor:
+        """`[m, P]`: the curvature of the objective, with weight decay and damping, times each vector."""
+        return self.times(vectors) + (self.decay + self.damping) * vectors
+
+    def damped_matrix(self) -> Tensor:
+        """`[P, P]`: the same, written down."""
+        matrix = self.matrix().clone()
+        matrix.diagonal().add_(self.decay + self.damping)
+        return matrix
+
+    def objective_gradient(self) -> Tensor:
+        """`[P]`: of mean loss and weight decay, zero at the end of a training."""
+        return self.mean_gradient + self.decay * self.parameters
