@@ -51,6 +51,7 @@ METHODS = {
     **{
         ("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")
     },
+    **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",

@@ -14,6 +14,7 @@ from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
 from torchloupe_core.dataset import DataSet, open_data
+from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
 from torchloupe_core.influence import Influence
 from torchloupe_core.labels import Given
@@ -56,12 +57,12 @@ def influence(
 
     By default only the head is asked about, the last linear layer, in closed form: one pass over each data set. loss:
     "cross_entropy", "squared" (half the squared distance to the label's unit vector, or to the label where there is one
-    output), or a function (logits `[N, K]`, labels `[N]`) -> `[N]`. Without a target the question is the test's loss for
-    its label, or for the predicted class where it has none. labels, test_labels: in place of the data sets' own.
+    output), or a function (logits `[N, K]`, labels `[N]`) -> `[N]`. Without a target the question is the test's loss
+    for its label, or for the predicted class where it has none. labels, test_labels: in place of the data sets' own.
 
     weight_decay: of the training, for the *mean* loss: mean loss + weight_decay / 2 x |parameters|^2, as
     `torch.optim.SGD` takes it, or a table by parameter name. damping: added to the curvature's eigenvalues, in the same
-    units; without weight decay a tenth of their mean unless given. Where the objective is summed over n images divide
+    units; without weight decay ten times their mean unless given. Where the objective is summed over n images divide
     its factors by n. check: so many training images are really removed, the head fitted again, and the correlation
     reported (0: none). The model answers in eval mode.
 
@@ -70,6 +71,8 @@ def influence(
     """
     entry = registry.find("influence", method)
     entry.check_options(options)
+    if check < 0:
+        raise BadInput(f"check is at least 0; got {check}")
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
     train_data, test_data = open_data(train, handle.spec), _tests(test, handle)

@@ -44,9 +44,9 @@ class Influence(Result):
     test image. The method "self" has one row, each training image's influence on itself.
 
     train_indices, test_indices: of columns and rows in their data sets; an image that could not be read has none.
-    train_labels, test_labels: as given, -1 where unknown. predictions: the class each test image is taken for, `[N_test]`,
-    and its probability, confidences. layers: the layers whose parameters take part, parameters: how many numbers those
-    are. Influence through other parameters is left out: by default only the head is asked about.
+    train_labels, test_labels: as given, -1 where unknown. predictions: the class each test image is taken for,
+    `[N_test]`, and its probability, confidences. layers: the layers whose parameters take part, parameters: how many
+    numbers those are. Influence through other parameters is left out: by default only the head is asked about.
 
     diagnostics: weight decay and damping in use, both for the mean loss; the solver's residual and iterations; extreme
     eigenvalues; how near the model is to a minimum; a check against removing images in fact; `warnings`, in words.
@@ -124,7 +124,7 @@ class Influence(Result):
         return self.classes[int(label)] if known and self.classes is not None else f"{label:g}"
 
     def picture(self, which: Literal["train", "test"], index: int) -> Tensor:
-        """`[3, 96, 96]` in [0, 1]: an image of one of the data sets, made small. Raises `BadInput` where there is none."""
+        """`[3, 96, 96]` in [0, 1]: an image of one of the data sets, made small. Raises `BadInput`."""
         data = self.train if which == "train" else self.test
         if data is not None:
             sample = data.read(index)

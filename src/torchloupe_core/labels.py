@@ -31,7 +31,9 @@ def labels_of(
         return None
     lacking = [index for index in indices.tolist() if index not in scanned.labels]
     if lacking:
-        raise BadInput(f"{len(lacking)} of {len(indices)} {what} images have no label, the first: {data.name(lacking[0])}")
+        raise BadInput(
+            f"{len(lacking)} of {len(indices)} {what} images have no label, the first: {data.name(lacking[0])}"
+        )
     found = torch.tensor([scanned.labels[index] for index in indices.tolist()])
     if data.classes is None or classes is None:
         return found
@@ -65,6 +67,6 @@ def _class_of(folder: str, classes: Sequence[str], what: str) -> int:
         return int(folder)
     names = ", ".join(map(repr, classes[:5]))
     raise BadInput(
-        f"the {what} folder {folder!r} is no class of the model, as {names}{' ...' if len(classes) > 5 else ''}; rename it, "
-        "or give labels="
+        f"the {what} folder {folder!r} is no class of the model, as {names}{' ...' if len(classes) > 5 else ''}; rename "
+        "it, or give labels="
     )

@@ -36,8 +36,8 @@ class Loss:
         values = self.of(logits, labels)
         if values.shape != logits.shape[:1]:
             raise BadInput(
-                f"loss {self.name} gives shape {list(values.shape)} for {len(logits)} images; influence needs one number "
-                "for each image, [N], as of reduction='none'"
+                f"loss {self.name} gives shape {list(values.shape)} for {len(logits)} images; influence needs one "
+                "number for each image, [N], as of reduction='none'"
             )
         return values
 

@@ -27,7 +27,9 @@ def require(needed: float, what: str, device: torch.device, instead: str = "") -
     free = available(device)
     if free is not None and needed > free:
         way_out = f"; {instead}" if instead else ""
-        raise BadInput(f"{what} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}{way_out}")
+        raise BadInput(
+            f"{what} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}{way_out}"
+        )
 
 
 def _machine() -> int | None:

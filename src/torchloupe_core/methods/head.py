@@ -251,7 +251,7 @@ class HeadProblem(Problem):
 
     @property
     def typical_gradient(self) -> float:
-        return (self.errors.norm(dim=1) * self.train.norm(dim=1)).median().clamp(min=1e-30).item()
+        return float((self.errors.norm(dim=1) * self.train.norm(dim=1)).median().clamp(min=1e-30))
 
     def _slopes(self, parameters: Tensor, kept: Tensor) -> Tensor:
         """`[m, P]`: the gradient of the loss of the images kept `[m, n]`, over n, at other parameters."""
@@ -272,4 +272,3 @@ class HeadProblem(Problem):
         """Slices of the training images, such that `each` rows of K numbers for all of one fit in the chunk."""
         size = max(1, CHUNK // max(1, each * len(self.head.weights)))
         return [slice(begin, min(begin + size, self.n)) for begin in range(0, self.n, size)]
-

@@ -2,8 +2,8 @@
 
     score = 1/n  q^T (H + decay + damping)^-1 g
 
-q is the gradient of the test image's loss, or of minus a target; g that of the training image's loss; H the curvature of
-the mean loss over n training images. Removing the training image changes the loss of the test by about the score.
+q is the gradient of the test image's loss, or of minus a target; g that of the training image's loss; H the curvature
+of the mean loss over n training images. Removing the training image changes the loss of the test by about the score.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torchloupe_core.methods.head import HeadProblem
 from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
 from torchloupe_core.methods.removal import newton_removal
 from torchloupe_core.methods.solvers import (
+    ROUNDING,
     Krylov,
     Solved,
     conjugate_gradients,
@@ -55,12 +56,12 @@ def exact(problem: Problem, *, removal: Literal["first_order", "newton"] = "firs
     vectors = torch.cholesky_solve(problem.questions.T, factor).T
     solved = Solved(vectors, 1, _residual_of(problem, vectors))
     if removal == "first_order":
-        return _answered(problem, solved, CHANGE, spectrum_of(problem, factor))
+        return _answered(problem, solved, CHANGE, spectrum_of(problem))
     if removal != "newton":
         raise BadInput(f'removal is "first_order" or "newton"; got {removal!r}')
     if not isinstance(problem, HeadProblem):
         raise BadInput("removal='newton' is for the linear head; for other layers take removal='first_order'")
-    diagnostics = {**_facts(solved), "eigenvalues": spectrum_of(problem, factor)}
+    diagnostics = {**_facts(solved), "eigenvalues": spectrum_of(problem)}
     return Answer(newton_removal(problem, factor), NEWTON, vectors, diagnostics)
 
 
@@ -102,7 +103,7 @@ def lissa(problem: Problem, *, scale: float | None = None, depth: int = 20_000, 
     paper="Schioppa et al. 2022, Scaling Up Influence Functions",
 )
 def arnoldi(problem: Problem, *, steps: int = 200, rank: int = 50) -> Answer:
-    """The inverse on the eigenvectors of the `rank` largest eigenvalues alone, as `steps` of Lanczos' method see them."""
+    """The inverse on the eigenvectors of the `rank` largest eigenvalues alone, as `steps` of Lanczos see them."""
     _require_positive(steps=steps, rank=rank)
     values, vectors = _krylov(problem, max(steps, rank)).ritz()
     values, vectors = values[-rank:], vectors[-rank:]
@@ -144,7 +145,7 @@ def self_influence(problem: Problem, *, curvature: bool = True) -> Answer:
         problem.report(begin + len(block), problem.n)
     if not curvature:
         return Answer(scores, NORM)
-    return Answer(scores, ITSELF, diagnostics={"eigenvalues": spectrum_of(problem, factor)})
+    return Answer(scores, ITSELF, diagnostics={"eigenvalues": spectrum_of(problem)})
 
 
 def factor_of(problem: Problem) -> Tensor:
@@ -152,21 +153,19 @@ def factor_of(problem: Problem) -> Tensor:
     return problem.factor if isinstance(problem, HeadProblem) else factored(problem.damped_matrix())
 
 
-def spectrum_of(problem: Problem, factor: Tensor | None = None) -> dict[str, float]:
+def spectrum_of(problem: Problem) -> dict[str, float]:
     """The extreme eigenvalues of the curvature without decay and damping, as Lanczos' method sees them.
 
-    The smallest is an upper bound, and exact to some digits where the factor is known. Raises `NotApplicable` if the
-    damped curvature has a negative one.
+    They are exact where the head's Hessian was written down; elsewhere the smallest is an upper bound. Raises
+    `NotApplicable` if the damped curvature has a negative one.
     """
-    if isinstance(problem, HeadProblem) and problem._matrix is not None:
-        eigenvalues = torch.linalg.eigvalsh(problem._matrix)
-        return {"largest": eigenvalues[-1].item(), "smallest": eigenvalues[0].item()}
-    values, _ = _krylov(problem, SPECTRUM).ritz()
-    least = values[0].item()
-    floor = float(torch.as_tensor(problem.decay).min()) + problem.damping
-    if least + floor < -1e-9 * values[-1].abs().item():
-        raise indefinite(least, "at most")
-    return {"largest": values[-1].item(), "smallest": least}
+    known = isinstance(problem, HeadProblem) and problem._matrix is not None
+    values = torch.linalg.eigvalsh(problem.matrix()) if known else _krylov(problem, SPECTRUM).ritz()[0]
+    largest, least = values[-1].item(), values[0].item()
+    rounding = (ROUNDING if known else 1e-9) * max(abs(least), abs(largest))
+    if least + float(torch.as_tensor(problem.decay).min()) + problem.damping < -rounding:
+        raise indefinite(least, "about" if known else "at most")
+    return {"largest": largest, "smallest": 0.0 if abs(least) < rounding else least}
 
 
 def _krylov(problem: Problem, steps: int) -> Krylov:

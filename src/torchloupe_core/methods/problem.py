@@ -14,7 +14,9 @@ from torch import Tensor
 __all__ = ["LARGEST_EXPLICIT", "Answer", "Problem"]
 
 LARGEST_EXPLICIT = 5_000  # parameters whose Hessian is written down and factored
-MEAN_SHARE = 0.1  # of the mean eigenvalue: damping where no weight decay is known (Grosse et al. 2023, section 2.2)
+# Damping where no weight decay is known. Grosse et al. 2023 take a tenth of the mean eigenvalue; on the head of a
+# network that was stopped early a hundred times that agrees best with refits and finds most wrong labels.
+MEAN_EIGENVALUES = 10.0
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Problem(ABC):
         """What is added to the curvature's eigenvalues beside the weight decay."""
         if self.given_damping is not None:
             return self.given_damping
-        return 0.0 if self.decayed else MEAN_SHARE * self.trace / self.size
+        return 0.0 if self.decayed else MEAN_EIGENVALUES * self.trace / self.size
 
     @property
     def decayed(self) -> bool:

@@ -60,8 +60,6 @@ class Questions:
         """Raises `NotApplicable` for a target that the head's parameters have no part in."""
         if self.inner:
             raise NotApplicable(
-                f"the target reads layer {self.inner[0]!r}, which the parameters of {name!r} have no part in; ask about "
-                "the whole network with layers='all', or name layers before it"
+                f"the target reads layer {self.inner[0]!r}, which the parameters of {name!r} have no part in; ask "
+                "about the whole network with layers='all', or name layers before it"
             )
-
-

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from torchloupe_core.errors import BadInput, NotApplicable
 
-__all__ = ["Krylov", "Solved", "Times", "conjugate_gradients", "factored", "indefinite", "lanczos", "neumann"]
+__all__ = [
+    "ROUNDING",
+    "Krylov",
+    "Solved",
+    "Times",
+    "conjugate_gradients",
+    "factored",
+    "indefinite",
+    "lanczos",
+    "neumann",
+]
 
 Times = Callable[[Tensor], Tensor]
 
@@ -41,8 +51,8 @@ def conjugate_gradients(times: Times, b: Tensor, *, tolerance: float, iterations
     norm = b.norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     best, least = x.clone(), (r.norm(dim=1) / norm)
-    squares, step = r.square().sum(1), 0
-    for step in range(1, iterations + 1):
+    squares, made = r.square().sum(1), 0
+    for made in range(1, iterations + 1):  # noqa: B007  (how many there were)
         product = times(p)
         curvature = (p * product).sum(1)
         if bool((curvature < -ROUNDING * p.norm(dim=1) * product.norm(dim=1)).any()):
@@ -59,7 +69,7 @@ def conjugate_gradients(times: Times, b: Tensor, *, tolerance: float, iterations
         before, squares = squares, r.square().sum(1)
         p = r + (squares / before.where(before > 0, 1.0))[:, None] * p
     residual = _residual(times, best, b)
-    return Solved(best, step, residual, residual <= max(2 * tolerance, 1e-10))
+    return Solved(best, made, residual, residual <= max(2 * tolerance, 1e-10))
 
 
 def neumann(times: Times, b: Tensor, *, scale: float, depth: int, tolerance: float, batches: bool = False) -> Solved:
@@ -126,6 +136,7 @@ def lanczos(times: Times, size: int, steps: int, like: Tensor, seed: int = 0) ->
 
 def factored(matrix: Tensor) -> Tensor:
     """The Cholesky factor of a matrix `[P, P]`. Raises `NotApplicable` if it is singular or indefinite."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal()
     if int(info) or bool(diagonal.min() <= 1e-7 * diagonal.max()):
@@ -135,8 +146,9 @@ def factored(matrix: Tensor) -> Tensor:
             raise indefinite(least)
         if least <= ROUNDING * most:
             raise NotApplicable(
-                f"the Hessian is singular: its eigenvalues go from {least:.2g} to {most:.2g}; give the weight_decay of the "
-                f"training, or damping, as {1e-3 * most:.1g}"
+                f"the Hessian is singular: its eigenvalues go from {least:.2g} to {most:.2g}; give the weight_decay of "
+                f"the training, or damping, as {1e-3 * most:.1g}, or take method='cg', which keeps to directions that "
+                "gradients have"
             )
     return factor
 
@@ -144,8 +156,8 @@ def factored(matrix: Tensor) -> Tensor:
 def indefinite(eigenvalue: float, how: str = "about") -> NotApplicable:
     """The error for a Hessian with a negative eigenvalue, which a step of Newton's would follow uphill."""
     return NotApplicable(
-        f"the Hessian is indefinite: its smallest eigenvalue is {how} {eigenvalue:.3g}, so the model is at no minimum of "
-        f"this loss; take curvature='gauss_newton', or damping above {-eigenvalue:.2g}"
+        f"the Hessian is indefinite: its smallest eigenvalue is {how} {eigenvalue:.3g}, so the model is at no minimum "
+        f"of this loss; take curvature='gauss_newton', or damping above {-eigenvalue:.2g}"
     )
 
 

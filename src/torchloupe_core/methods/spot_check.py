@@ -49,9 +49,8 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 def ranks(values: Tensor) -> Tensor:
     """The rank of each number from 0; equal ones have the mean of theirs."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double() - 1
-    return (last - (counts.double() - 1) / 2)[place]
+    ordered, below = values.sort().values, torch.searchsorted
+    return (below(ordered, values).double() + below(ordered, values, right=True).double() - 1) / 2
 
 
 def _chosen(scores: Tensor, count: int, seed: int) -> list[int]:

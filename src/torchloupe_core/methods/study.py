@@ -79,8 +79,8 @@ class Study:
             "weight_decay": _summed_up(problem.decay),
             "damping": problem.damping,
             "damping_chosen": problem.given_damping is None and problem.damping > 0,
-            "regularisation_units": "of the mean loss: mean loss + weight_decay / 2 x |parameters|^2; damping is added to "
-            "the eigenvalues of its second derivative",
+            "regularisation_units": "of the mean loss: mean loss + weight_decay / 2 x |parameters|^2; damping is added "
+            "to the eigenvalues of its second derivative",
             **answer.diagnostics,
             "gradient_norm": gradient,
             "typical_gradient_norm": typical,
@@ -127,18 +127,22 @@ def head_study(handle: Handle, train: DataSet, test: DataSet, asked: Asked, repo
         labels,
         test_labels,
         logits.cpu(),
-        {data.name(one): why for data, part in ((train, rows), (test, tests)) for one, why in part.scanned.skipped.items()},
+        {
+            data.name(one): why
+            for data, part in ((train, rows), (test, tests))
+            for one, why in part.scanned.skipped.items()
+        },
         about_of(questions, found is None, handle),
     )
 
 
 def train_labels(asked: Asked, data: DataSet, scanned: Any, indices: Tensor, outputs: int, handle: Handle) -> Tensor:
-    """The labels of the training images, checked against the model's outputs. Raises `BadInput` where there are none."""
+    """The labels of the training images, checked against the model's outputs. Raises `BadInput` without any."""
     labels = labels_of(data, scanned, indices, "training", asked.labels, handle.classes)
     if labels is None:
         raise BadInput(
-            "the training set has no labels, and influence is about the loss for them: a folder with a subfolder for each "
-            "class, items (image, label), or labels="
+            "the training set has no labels, and influence is about the loss for them: a folder with a subfolder for "
+            "each class, items (image, label), or labels="
         )
     return fitting(labels, indices, data, outputs, asked.loss, "training")
 
@@ -171,7 +175,7 @@ def about_of(questions: Questions, predicted: bool, handle: Handle) -> tuple[str
     """What is asked of each test image, in words."""
     if questions.targets is not None:
         return tuple(map(str, questions.targets))
-    known = questions.loss.kind != "given"
+    known = questions.loss.kind != "given" and not questions.labels.is_floating_point()
     names = [handle.name_of(int(label)) if known else f"{label:g}" for label in questions.labels.tolist()]
     return tuple(f"loss for {name}" + (", as predicted" if predicted else "") for name in names)
 
@@ -205,23 +209,24 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     said = []
     if not found.get("converged", True):
         said.append(
-            f"the solver stopped at a residual of {found['residual']:.2g} after {found['iterations']} iterations; give it more, "
-            "or more damping"
+            f"the solver stopped at a residual of {found['residual']:.2g} after {found['iterations']} iterations; give it "
+            "more, or more damping"
         )
     if not found["stationary"]:
         share = found["gradient_norm"] / max(found["typical_gradient_norm"], 1e-300)
         said.append(
-            f"the model is at no minimum of this loss over this training set: the mean gradient is {share:.0%} of a single "
-            "image's. Scores then tell what removing an image does beside the training that is still to come"
+            f"the model is at no minimum of this loss over this training set: the mean gradient is {share:.0%} of a "
+            "single image's. Scores then tell what removing an image does beside the training that is still to come"
         )
     if found["damping_chosen"]:
         said.append(
-            f"no weight decay is known, so a damping of {found['damping']:.2g} was chosen, a tenth of the mean eigenvalue; "
-            "give the weight_decay of the training if there was one"
+            f"no weight decay is known, so a damping of {found['damping']:.2g} was chosen, ten times the mean "
+            "eigenvalue; give the weight_decay of the training if there was one"
         )
     checked = found.get("spot_check")
     if checked and checked["spearman"] < 0.9:
         said.append(
-            f"of {len(checked['removed'])} training images really removed, the ranks agree to {checked['spearman']:.2f} only"
+            f"of {len(checked['removed'])} training images really removed, the ranks agree to "
+            f"{checked['spearman']:.2f} only"
         )
     return said
