@@ -65,8 +65,5 @@ def _class_of(folder: str, classes: Sequence[str], what: str) -> int:
         return classes.index(folder)
     if folder.isdecimal() and int(folder) < len(classes):
         return int(folder)
-    names = ", ".join(map(repr, classes[:5]))
-    raise BadInput(
-        f"the {what} folder {folder!r} is no class of the model, as {names}{' ...' if len(classes) > 5 else ''}; rename "
-        "it, or give labels="
-    )
+    names = ", ".join(map(repr, classes[:5])) + (" ..." if len(classes) > 5 else "")
+    raise BadInput(f"the {what} folder {folder!r} is no class of the model, as {names}; rename it, or give labels=")

@@ -209,8 +209,8 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     said = []
     if not found.get("converged", True):
         said.append(
-            f"the solver stopped at a residual of {found['residual']:.2g} after {found['iterations']} iterations; give it "
-            "more, or more damping"
+            f"the solver stopped at a residual of {found['residual']:.2g} after {found['iterations']} iterations; give "
+            "it more, or more damping"
         )
     if not found["stationary"]:
         share = found["gradient_norm"] / max(found["typical_gradient_norm"], 1e-300)
