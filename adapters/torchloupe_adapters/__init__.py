@@ -14,6 +14,7 @@ _ATTENTION = "torchloupe_core.methods.attention"
 _CAM = "torchloupe_core.methods.cam"
 _CAM_MASKS = "torchloupe_core.methods.cam_masks"
 _INFLUENCE = "torchloupe_core.methods.influence"
+_LAST_LAYER = "torchloupe_core.methods.last_layer"
 _CAPTUM = (
     "deconvolution",
     "deep_lift",
@@ -52,6 +53,7 @@ METHODS = {
         ("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")
     },
     **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
+    **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",

@@ -93,7 +93,7 @@ def influence(
         versions=versions(entry.backend),
         options={**entry.options, **options},
         scores=answer.scores.to("cpu", torch.float64 if handle.dtype == torch.float64 else torch.float32),
-        sign=LOSS if target is None or alone else TARGET,
+        sign=answer.sign or (LOSS if target is None or alone else TARGET),
         units=answer.units,
         about=("its own loss",) if alone else study.about,
         train_indices=study.train_indices,

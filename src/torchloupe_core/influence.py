@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput
 from torchloupe_core.results import Result
+from torchloupe_core.thumbnails import small
 
 __all__ = ["Influence", "Kind", "Ranking"]
 
@@ -123,44 +123,38 @@ class Influence(Result):
         known = self.classes is not None and label == int(label) and int(label) < len(self.classes)
         return self.classes[int(label)] if known and self.classes is not None else f"{label:g}"
 
-    def picture(self, which: Literal["train", "test"], index: int) -> Tensor:
-        """`[3, 96, 96]` in [0, 1]: an image of one of the data sets, made small. Raises `BadInput`."""
-        data = self.train if which == "train" else self.test
-        if data is not None:
-            sample = data.read(index)
+    def pictures(self, which: Literal["train", "test"], indices: Iterable[int]) -> dict[int, Tensor]:
+        """`[3, 96, 96]` uint8 each: images of one of the data sets, made small, each read once.
+
+        Raises `BadInput` where one cannot be read any more or was not saved with the result.
+        """
+        data, wanted = self.train if which == "train" else self.test, sorted(set(indices))
+        if data is None:
+            return {index: self._kept(f"{which} {index}") for index in wanted}
+        found = {}
+        for sample in data.read_each(wanted):
             if sample.inputs is None:
-                raise BadInput(f"{data.name(index)} was read before and cannot be now: {sample.error}")
-            return _small(data.spec.display(sample.inputs[None])[0])
-        if self.thumbnails is None or f"{which} {index}" not in self.thumbnail_of:
-            raise BadInput(f"this result was saved without a picture of {which} image {index}")
-        return self.thumbnails[self.thumbnail_of.index(f"{which} {index}")].float() / 255
+                raise BadInput(f"{data.name(sample.index)} was read before and cannot be now: {sample.error}")
+            found[sample.index] = small(sample.inputs, data.spec, THUMBNAIL)
+        return found
 
     def save(self, path: str | os.PathLike[str], *, pictures: bool = True) -> Path:
         """As every result, with small pictures of what a drawing shows; pictures=False leaves them out."""
         kept = self._thumbnails() if pictures and self.train is not None else {}
-        stacked = torch.stack([(one * 255).round().byte() for one in kept.values()]) if kept else self.thumbnails
+        stacked = torch.stack(list(kept.values())) if kept else self.thumbnails
         names = tuple(kept) or self.thumbnail_of
         bare = replace(self, train=None, test=None, thumbnails=stacked, thumbnail_of=names)
         return super(Influence, bare).save(path)
 
     def _thumbnails(self) -> dict[str, Tensor]:
-        rows = min(len(self), KEPT_TESTS)
-        wanted = [("train", index) for kind in ("helpful", "harmful") for index in self._top_of(rows, kind)]
-        wanted += [("test", index) for index in self.test_indices[:rows].tolist()]
-        return {f"{which} {index}": self.picture(which, index) for which, index in dict.fromkeys(wanted)}  # type: ignore[arg-type]
+        k = KEPT if len(self.test_indices) else KEPT * KEPT_TESTS
+        kinds: tuple[Kind, ...] = ("helpful", "harmful")
+        shown = [self.top(k, kind).indices[:KEPT_TESTS].flatten().tolist() for kind in kinds]
+        train = self.pictures("train", [index for indices in shown for index in indices])
+        test = self.pictures("test", self.test_indices[:KEPT_TESTS].tolist())
+        return {f"{which} {n}": one for which, found in (("train", train), ("test", test)) for n, one in found.items()}
 
-    def _top_of(self, rows: int, kind: Any) -> list[int]:
-        found: list[int] = self.top(KEPT, kind).indices[:rows].flatten().tolist()
-        return found
-
-
-def _small(picture: Tensor) -> Tensor:
-    """A picture in the middle of a white square of thumbnail size."""
-    height, width = picture.shape[1:]
-    factor = THUMBNAIL / max(height, width)
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    scaled = F.interpolate(
-        picture[None], size, mode="bilinear" if factor < 1 else "nearest", **({"antialias": True} if factor < 1 else {})
-    )[0]
-    top, left = (THUMBNAIL - size[0]) // 2, (THUMBNAIL - size[1]) // 2
-    return F.pad(scaled, (left, THUMBNAIL - size[1] - left, top, THUMBNAIL - size[0] - top), value=1.0)
+    def _kept(self, name: str) -> Tensor:
+        if self.thumbnails is None or name not in self.thumbnail_of:
+            raise BadInput(f"this result was saved without a picture of {name.replace(' ', ' image ')}")
+        return self.thumbnails[self.thumbnail_of.index(name)]

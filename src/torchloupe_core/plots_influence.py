@@ -31,19 +31,21 @@ def _draw_influence(
     rows = range(min(len(found), most))
     panels = {kind: _panel(found, kind, k) for kind in ("helpful", "harmful")}
     wide = min(k, found.scores.shape[1])
+    tests = found.pictures("test", found.test_indices[: len(rows)].tolist())
+    train = found.pictures("train", [cell[0] for cells in panels.values() for row in rows for cell in cells[row]])
     lefts = [0, THUMBNAIL + BETWEEN, THUMBNAIL + 2 * BETWEEN + wide * (THUMBNAIL + BESIDE)]
     width = lefts[2] + wide * (THUMBNAIL + BESIDE)
     drawing, axes = _canvas(new_figure, width, len(rows), 22)
     for row in rows:
         top = 22 + row * (THUMBNAIL + ABOVE)
-        _place(axes, found.picture("test", int(found.test_indices[row])), 0, top, _test_lines(found, row), PLAIN)
+        _place(axes, tests[int(found.test_indices[row])], 0, top, _test_lines(found, row), PLAIN)
         for (kind, cells), left in zip(panels.items(), lefts[1:], strict=True):
             for place, (index, score, label) in enumerate(cells[row]):
                 colour = HELPFUL if kind == "helpful" else HARMFUL
                 other = label != found.predictions[row].item()
                 lines = (found.name_of(label), f"{score:+.2g}")
                 x = left + place * (THUMBNAIL + BESIDE)
-                _place(axes, found.picture("train", index), x, top, lines, colour, bold=other)
+                _place(axes, train[index], x, top, lines, colour, bold=other)
     heads = ("asked about", "most helpful: removing it hurts", "most harmful: removing it helps")
     for text, x, colour in zip(heads, lefts, (PLAIN, HELPFUL, HARMFUL), strict=True):
         axes.text(x, 0, text, fontsize=7.5, color=colour, ha="left", va="top", fontweight="bold")
@@ -58,10 +60,11 @@ def _draw_alone(found: Influence, new_figure: Callable[..., Any], most: int) -> 
     columns = min(len(cells), 2 * EACH)
     rows = -(-len(cells) // columns)
     drawing, axes = _canvas(new_figure, columns * (THUMBNAIL + BESIDE), rows, 0)
+    train = found.pictures("train", [cell[0] for cell in cells])
     for place, (index, score, label) in enumerate(cells):
         x, top = place % columns * (THUMBNAIL + BESIDE), place // columns * (THUMBNAIL + ABOVE)
         lines = (found.name_of(label), f"{score:.2g}  #{index}")
-        _place(axes, found.picture("train", index), x, top, lines, PLAIN)
+        _place(axes, train[index], x, top, lines, PLAIN)
     mosaic.title(
         drawing,
         [f"{found.method}: {len(cells)} of {found.scores.shape[1]:,} training images, largest first", *_how(found)],
@@ -84,7 +87,7 @@ def _place(
 ) -> None:
     """A picture with two lines of text over it."""
     begin = top + ABOVE - 6
-    rgb = picture.permute(1, 2, 0).clamp(0, 1).numpy()
+    rgb = picture.permute(1, 2, 0).numpy()
     axes.imshow(rgb, extent=(x, x + THUMBNAIL, begin + THUMBNAIL, begin), interpolation="nearest", aspect="auto")
     weight = "bold" if bold else "normal"
     axes.text(x, begin - 13, mosaic.short(lines[0], 20), fontsize=6.5, color=colour, va="bottom", fontweight=weight)

@@ -43,16 +43,17 @@ _HOMES = {
     "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
-<<<<<<< HEAD
     "Grid": "torchloupe_core.evengrid",
     "Neighbors": "torchloupe_core.neighbors",
 <<<<<<< HEAD
     "Visualization": "torchloupe_core.visualization",
 =======
+    "Influence": "torchloupe_core.influence",
+>>>>>>> 5b04c85 (Influence of training images through the linear head, in closed form)
 =======
     "Influence": "torchloupe_core.influence",
->>>>>>> 306f5aa (Influence of training images through the linear head, in closed form)
->>>>>>> 5b04c85 (Influence of training images through the linear head, in closed form)
+    "Neighbors": "torchloupe_core.neighbors",
+>>>>>>> 19ea401 (Similar features and representer points on the last layer)
 }
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)

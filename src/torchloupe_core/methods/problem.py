@@ -25,13 +25,14 @@ class Answer:
 
     scores: `[T, n]`, positive where the training image supported what is asked about. units: what a score of 1 means.
     vectors: `[T, P]`, so that a score is a product of one with the gradient of a training image, over n, where that is
-    how they were made. diagnostics: of the solver.
+    how they were made. diagnostics: of the solver. sign: in words, where it is another than for influence.
     """
 
     scores: Tensor
     units: str
     vectors: Tensor | None = None
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    sign: str | None = None
 
 
 @dataclass

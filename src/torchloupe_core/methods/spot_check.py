@@ -49,7 +49,8 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 def ranks(values: Tensor) -> Tensor:
     """The rank of each number from 0; equal ones have the mean of theirs."""
-    ordered, below = values.sort().values, torch.searchsorted
+    values, below = values.contiguous(), torch.searchsorted
+    ordered = values.sort().values
     return (below(ordered, values).double() + below(ordered, values, right=True).double() - 1) / 2
 
 

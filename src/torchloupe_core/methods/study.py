@@ -73,6 +73,8 @@ class Study:
     def judged(self, answer: Answer, check: int) -> dict[str, Any]:
         """The diagnostics of an answer."""
         problem = self.problem
+        if answer.sign is not None:  # no influence: neither curvature nor removal are meant
+            return dict(answer.diagnostics)
         gradient = problem.objective_gradient().norm().item()
         typical = problem.typical_gradient
         found: dict[str, Any] = {
@@ -218,7 +220,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             f"the model is at no minimum of this loss over this training set: the mean gradient is {share:.0%} of a "
             "single image's. Scores then tell what removing an image does beside the training that is still to come"
         )
-    if found["damping_chosen"]:
+    if found["damping_chosen"] and "eigenvalues" in found:
         said.append(
             f"no weight decay is known, so a damping of {found['damping']:.2g} was chosen, ten times the mean "
             "eigenvalue; give the weight_decay of the training if there was one"
