@@ -113,5 +113,5 @@ def _head_of(problem: Problem, name: str) -> HeadProblem:
 
 
 def _unit(features: Tensor) -> Tensor:
-    norms = features.norm(dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / norms.where(norms > 0, 1.0)

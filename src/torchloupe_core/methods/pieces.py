@@ -1,0 +1,162 @@
+"""A model's parameters as one row of numbers, module by module, and what each module's gradient is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchloupe_core.errors import BadInput, UnknownName
+from torchloupe_core.handle import Handle
+
+__all__ = ["Matrix", "Piece", "back_to", "chosen_parameters", "piece_of", "pieces_of", "read_by"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The parameters of one module as `size` numbers. `names` in the model, weight before bias.
+
+    matrix: whether it is a linear map of what it reads, a linear layer or convolution; then the numbers are the rows
+    of `[outputs, inputs + bias]`, in `groups` blocks of equal width.
+    """
+
+    module: str
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    matrix: bool = False
+    groups: int = 1
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix in each group."""
+        return self.shapes[0][0] // self.groups
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the matrix, the bias among them."""
+        return math.prod(self.shapes[0][1:]) + len(self.shapes) - 1
+
+    def packed(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`[..., size]` of the parameters, or of tensors like them with dimensions before theirs."""
+        weight, *bias = (tensors[name] for name in self.names)
+        if not self.matrix:
+            lead = weight.ndim - len(self.shapes[0])
+            return torch.cat([one.flatten(lead) for one in (weight, *bias)], -1)
+        lead = weight.ndim - len(self.shapes[0]) + 1
+        rows = weight.flatten(lead)  # [..., outputs, inputs]
+        return torch.cat([rows, *(one[..., None] for one in bias)], -1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a linear layer or convolution read and what came back to it: its gradient is the sum over L positions.
+
+    reads: `[N, L, G, I]`, with a 1 where there is a bias. backs: `[N, L, G, O]`.
+    """
+
+    piece: Piece
+    reads: Tensor
+    backs: Tensor
+
+    def gradients(self) -> Tensor:
+        """`[N, size]`: of each image."""
+        return torch.einsum("nlgo,nlgi->ngoi", self.backs, self.reads).flatten(1)
+
+
+def pieces_of(handle: Handle, names: Sequence[str]) -> list[Piece]:
+    """The named parameters, module by module in the model's order."""
+    modules = dict(handle.module.named_modules())
+    owned: dict[str, list[str]] = {}
+    for name in names:
+        owned.setdefault(name.rpartition(".")[0], []).append(name)
+    return [piece_of(module, modules[module], own) for module, own in owned.items()]
+
+
+def piece_of(name: str, module: nn.Module, names: Sequence[str]) -> Piece:
+    """The chosen parameters of one module."""
+    parameters = dict(module.named_parameters(recurse=False))
+    shapes = tuple(parameters[one.rpartition(".")[2]].shape for one in names)
+    own = [one.rpartition(".")[2] for one in names]
+    whole = own == [one for one in ("weight", "bias") if one in parameters] and len(own) == len(parameters)
+    matrix = whole and (_is_linear(module) or _is_convolution(module))
+    return Piece(name, tuple(names), shapes, matrix, module.groups if isinstance(module, nn.Conv2d) and matrix else 1)
+
+
+def read_by(module: nn.Module, piece: Piece, given: Tensor, images: int) -> Tensor:
+    """`[N, L, G, I]`: what a linear layer or convolution multiplies its weights with, position by position.
+
+    Where windows or heads are folded into the batch they are positions of their image.
+    """
+    if isinstance(module, nn.Conv2d):
+        given = _patches(module, given).transpose(1, 2)  # [N, L, C * kh * kw]
+    read = given.reshape(images, -1, piece.groups, given.shape[-1] // piece.groups)
+    if len(piece.names) == 2:
+        read = torch.cat([read, read.new_ones(*read.shape[:3], 1)], 3)
+    return read
+
+
+def back_to(module: nn.Module, piece: Piece, gradient: Tensor, images: int) -> Tensor:
+    """`[N, L, G, O]`: the gradient at a linear layer's or convolution's output, position by position."""
+    if isinstance(module, nn.Conv2d):
+        gradient = gradient.flatten(2).transpose(1, 2)  # [N, L, C]
+    return gradient.reshape(images, -1, piece.groups, piece.outputs)
+
+
+def chosen_parameters(handle: Handle, layers: str | Sequence[object]) -> tuple[str, ...]:
+    """The names of the parameters of layers, or of "all", in the model's order; those that training may change.
+
+    Asked before the model is borrowed, which freezes all. A layer stands for all that is in it. Raises `UnknownName`
+    for a layer that is not there, `BadInput` for one without parameters or with frozen ones only.
+    """
+    free = {name: parameter.requires_grad for name, parameter in handle.module.named_parameters()}
+    if not any(free.values()):  # a model loaded to be looked at
+        free = dict.fromkeys(free, True)
+    if isinstance(layers, str) and layers == "all":
+        return tuple(name for name, trained in free.items() if trained)
+    asked = [layers] if isinstance(layers, str) else [str(one) for one in layers]
+    if not asked:
+        raise BadInput("layers names no layer; leave it out for the head, or take 'all'")
+    modules, found = dict(handle.module.named_modules()), set()
+    for layer in asked:
+        if layer not in modules or not layer:
+            raise UnknownName.of("layer", layer, [name for name in modules if name])
+        inside = [name for name in free if name.startswith(f"{layer}.")]
+        if not inside:
+            raise BadInput(f"layer {layer!r}, a {type(modules[layer]).__name__}, has no parameters")
+        if not any(free[name] for name in inside):
+            raise BadInput(
+                f"the parameters of layer {layer!r} are frozen (requires_grad=False), so no training image has any "
+                "influence through them"
+            )
+        found |= {name for name in inside if free[name]}
+    return tuple(name for name in free if name in found)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+    )
+
+
+def _patches(module: nn.Conv2d, given: Tensor) -> Tensor:
+    """`[N, C * kh * kw, L]`: the patches a convolution reads."""
+    # The two last dimensions from the last to the first, as F.pad counts; "same" may pad one side more.
+    padding = [int(one) for one in module._reversed_padding_repeated_twice]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(given, padding, mode=mode) if any(padding) else given
+    return F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
