@@ -19,7 +19,9 @@ from torchloupe_core.handle import Handle
 from torchloupe_core.influence import Influence
 from torchloupe_core.labels import Given
 from torchloupe_core.losses import LossLike, as_loss
-from torchloupe_core.methods.study import Asked, Decay, head_study
+from torchloupe_core.methods.network import Curvature
+from torchloupe_core.methods.pieces import chosen_parameters
+from torchloupe_core.methods.study import Asked, Decay, head_study, network_study
 from torchloupe_core.targets import Target, TargetLike, as_target
 
 __all__ = ["influence"]
@@ -34,6 +36,8 @@ def influence(
     test: Any,
     *,
     method: str = "cg",
+    layers: str | Sequence[object] | None = None,
+    curvature: Curvature = "gauss_newton",
     loss: LossLike = None,
     target: TargetLike | Sequence[TargetLike] | None = None,
     labels: Given = None,
@@ -47,6 +51,7 @@ def influence(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     skip_failures: bool = True,
+    memory: float = 2.0,
     progress: bool | None = None,
     **options: Any,
 ) -> Influence:
@@ -55,10 +60,14 @@ def influence(
     A positive score says that the image supported the prediction: removing it raises the loss of the test image, or
     lowers the `target` asked about. Scores of methods with curvature are that change itself, to first order.
 
-    By default only the head is asked about, the last linear layer, in closed form: one pass over each data set. loss:
-    "cross_entropy", "squared" (half the squared distance to the label's unit vector, or to the label where there is one
-    output), or a function (logits `[N, K]`, labels `[N]`) -> `[N]`. Without a target the question is the test's loss
-    for its label, or for the predicted class where it has none. labels, test_labels: in place of the data sets' own.
+    layers: None for the head alone, the last linear layer, in closed form and one pass over each data set; names of
+    layers, each with all in it; or "all". curvature: beyond the head, "gauss_newton", which has no negative
+    eigenvalues, or the "hessian" itself. memory: GiB that images and gradients may take there.
+
+    loss: "cross_entropy", "squared" (half the squared distance to the label's unit vector, or to the label where there
+    is one output), or a function (logits `[N, K]`, labels `[N]`) -> `[N]`. Without a target the question is the test's
+    loss for its label, or for the predicted class where it has none. labels, test_labels: in place of the data sets'
+    own.
 
     weight_decay: of the training, for the *mean* loss: mean loss + weight_decay / 2 x |parameters|^2, as
     `torch.optim.SGD` takes it, or a table by parameter name. damping: added to the curvature's eigenvalues, in the same
@@ -71,15 +80,25 @@ def influence(
     """
     entry = registry.find("influence", method)
     entry.check_options(options)
+    if curvature not in ("gauss_newton", "hessian"):
+        raise BadInput(f'curvature is "gauss_newton" or "hessian"; got {curvature!r}')
+    if not memory > 0:
+        raise BadInput(f"memory is a number of GiB above 0; got {memory}")
     if check < 0:
         raise BadInput(f"check is at least 0; got {check}")
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
+    names = chosen_parameters(handle, "all" if layers is None else layers)
     train_data, test_data = open_data(train, handle.spec), _tests(test, handle)
     asked = Asked(as_loss(loss), _targets(target), labels, test_labels, weight_decay, damping, seed)
-    reading = {"batch_size": batch_size, "workers": workers, "skip_failures": skip_failures}
+    reading: dict[str, Any] = {"workers": workers, "skip_failures": skip_failures}
     with progress_bar("influence", "images", progress) as report, handle.borrow():
-        study = head_study(handle, train_data, test_data, asked, report, **reading)
+        if layers is None:
+            reading |= {"batch_size": batch_size}
+            study = head_study(handle, names, train_data, test_data, asked, report, **reading)
+        else:
+            reading |= {"room": memory * 2**30, "curvature": curvature}
+            study = network_study(handle, names, train_data, test_data, asked, report, **reading)
         answer = entry.run(study.problem, **options)
         diagnostics = study.judged(answer, check)
     alone = len(answer.scores) != len(study.test_indices)  # each training image by itself

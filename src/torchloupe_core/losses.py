@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, hessian, vmap
 from torch.nn import functional as F
 
-from torchloupe_core.errors import BadInput, UnknownName
+from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
 
 __all__ = ["LOSSES", "Loss", "LossLike", "as_loss"]
 
@@ -68,6 +68,23 @@ class Loss:
         if self.kind == "squared":
             return directions
         return torch.einsum("nkl,...nl->...nk", self.curvature(logits, labels), directions)
+
+    def root(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`[N, K, K]`: a matrix R with the second derivative RR'. Raises `NotApplicable` where that has none."""
+        if self.kind == "cross_entropy":
+            p = logits.softmax(1)
+            return torch.diag_embed(p.sqrt()) - p[:, :, None] * p[:, None].sqrt()
+        curvature = self.curvature(logits, labels)
+        if self.kind == "squared":
+            return curvature
+        values, vectors = torch.linalg.eigh(curvature)
+        if bool((values < -1e-6 * values.abs().amax(1, keepdim=True).clamp(min=1e-12)).any()):
+            raise NotApplicable(
+                f"loss {self.name} is not convex in the logits, so it has no Gauss-Newton matrix; take "
+                "curvature='hessian'"
+            )
+        root: Tensor = vectors * values.clamp(min=0).sqrt()[:, None]
+        return root
 
     @property
     def convex(self) -> bool:

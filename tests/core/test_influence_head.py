@@ -132,7 +132,7 @@ def test_gradient_dot_and_self(softmax: Any) -> None:
     gradients = torch.einsum("nk,nd->nkd", errors, rows).flatten(1)
     found = asked(module, train, train, method="gradient_dot")
     torch.testing.assert_close(found.scores, gradients @ gradients.T / 40)
-    alone = asked(module, train, test, method="self", curvature=False)
+    alone = asked(module, train, test, method="self", with_curvature=False)
     torch.testing.assert_close(alone.scores, gradients.square().sum(1)[None] / 40)
     curved = asked(module, train, test, method="self")
     exact = asked(module, train, train, method="exact")

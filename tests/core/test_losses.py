@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchloupe_core.errors import BadInput, UnknownName
+from torchloupe_core.errors import BadInput, NotApplicable, UnknownName
 from torchloupe_core.losses import LOSSES, Loss, as_loss
 
 
@@ -46,6 +46,23 @@ def test_curved_is_the_curvature_times_directions(loss: Any) -> None:
     directions = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.einsum("nkl,mnl->mnk", found.curvature(logits, labels), directions)
     torch.testing.assert_close(found.curved(logits, labels, directions), expected)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, own_cross_entropy])
+def test_a_root_of_the_curvature(loss: Any) -> None:
+    logits, labels = cases()
+    root = as_loss(loss).root(logits, labels)
+    torch.testing.assert_close(root @ root.transpose(1, 2), as_loss(loss).curvature(logits, labels))
+
+
+def test_a_loss_that_is_not_convex_has_no_root() -> None:
+    logits, labels = cases()
+    with pytest.raises(NotApplicable, match=r"loss concave is not convex in the logits.*curvature='hessian'"):
+        as_loss(concave).root(logits, labels)
+
+
+def concave(logits: Tensor, labels: Tensor) -> Tensor:
+    return -own_cross_entropy(logits, labels)
 
 
 def test_a_loss_of_ones_own_equals_the_named_one() -> None:

@@ -206,6 +206,11 @@ def test_labels_missing_or_out_of_range() -> None:
         ),
         ({"target": ["logit:ant"] * 2}, BadInput, "2 targets for 3 test images"),
         ({"method": "exact", "removal": "all"}, BadInput, 'removal is "first_order" or "newton"'),
+        ({"curvature": "fisher"}, BadInput, 'curvature is "gauss_newton" or "hessian"; got \'fisher\''),
+        ({"memory": 0}, BadInput, "memory is a number of GiB above 0; got 0"),
+        ({"layers": ["fc", "conv9"]}, UnknownName, "no layer 'conv9'; did you mean 'conv2', 'conv1'"),
+        ({"layers": "relu1"}, BadInput, "layer 'relu1', a ReLU, has no parameters"),
+        ({"layers": ["fc"], "target": "conv2:3"}, NotApplicable, "the target conv2:3 does not depend on the layers"),
         ({"check": -1}, BadInput, "check is at least 0"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,6 @@ from torchloupe_core.losses import Loss
 from torchloupe_core.memory import require
 from torchloupe_core.methods.problem import Problem
 from torchloupe_core.methods.questions import Questions
-from torchloupe_core.methods.solvers import factored
 from torchloupe_core.scan import Scanned, scan
 from torchloupe_core.statistics import Features
 
@@ -113,7 +112,7 @@ def require_linear(handle: Handle, head: Head, inputs: Tensor, features: Tensor)
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class HeadProblem(Problem):
     """The head's parameters `[K, D]`, flattened, as P numbers; all that is needed is in memory.
 
@@ -126,7 +125,6 @@ class HeadProblem(Problem):
     loss: Loss
     tests: Tensor
     asked: Questions
-    _matrix: Tensor | None = field(default=None, init=False)
 
     @property
     def n(self) -> int:
@@ -165,8 +163,8 @@ class HeadProblem(Problem):
         )
 
     def times(self, vectors: Tensor) -> Tensor:
-        if self._matrix is not None:
-            return vectors @ self._matrix
+        if self.written is not None:
+            return vectors @ self.written
         total = torch.zeros_like(vectors).view(-1, *self.head.weights.shape)
         for part in self.parts_of(len(vectors)):
             curved = self.loss.curved(self.logits[part], self.labels[part], self._along(vectors, part))  # [m, B, K]
@@ -178,23 +176,20 @@ class HeadProblem(Problem):
             block = self.errors[part][:, :, None] * self.train[part][:, None]
             yield part.start, block.flatten(1)
 
-    def matrix(self) -> Tensor:
-        """`[P, P]`, kept; products are taken with it from then on."""
-        if self._matrix is None:
-            require(3 * 8 * self.size**2, f"the Hessian of {self.size:,} parameters", self.train.device, "take 'cg'")
-            classes, width = self.head.weights.shape
-            matrix = self.train.new_zeros(classes, width, classes, width)
-            for part in self.parts_of(classes):
-                features, curvature = self.train[part], self.loss.curvature(self.logits[part], self.labels[part])
-                for k in range(classes):
-                    for other in range(k + 1):
-                        matrix[k, :, other] += (curvature[:, k, other, None] * features).T @ features
-            matrix /= self.n
+    def _written(self) -> Tensor:
+        require(3 * 8 * self.size**2, f"the Hessian of {self.size:,} parameters", self.train.device, "take 'cg'")
+        classes, width = self.head.weights.shape
+        matrix = self.train.new_zeros(classes, width, classes, width)
+        for part in self.parts_of(classes):
+            features, curvature = self.train[part], self.loss.curvature(self.logits[part], self.labels[part])
             for k in range(classes):
-                for other in range(k):
-                    matrix[other, :, k] = matrix[k, :, other]
-            self._matrix = matrix.view(self.size, self.size)
-        return self._matrix
+                for other in range(k + 1):
+                    matrix[k, :, other] += (curvature[:, k, other, None] * features).T @ features
+        matrix /= self.n
+        for k in range(classes):
+            for other in range(k):
+                matrix[other, :, k] = matrix[k, :, other]
+        return matrix.view(self.size, self.size)
 
     @property
     def trace(self) -> float:
@@ -209,11 +204,6 @@ class HeadProblem(Problem):
     @cached_property
     def mean_gradient(self) -> Tensor:
         return (self.errors.T @ self.train).flatten() / self.n
-
-    @cached_property
-    def factor(self) -> Tensor:
-        """The Cholesky factor `[P, P]` of the damped Hessian."""
-        return factored(self.damped_matrix())
 
     def support(self, parameters: Tensor) -> Tensor:
         logits = torch.einsum("mkd,td->mtk", parameters.view(-1, *self.head.weights.shape), self.tests)

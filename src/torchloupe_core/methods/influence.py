@@ -23,7 +23,6 @@ from torchloupe_core.methods.solvers import (
     Krylov,
     Solved,
     conjugate_gradients,
-    factored,
     indefinite,
     lanczos,
     neumann,
@@ -38,6 +37,7 @@ DOT = "the gradients' dot product over n, a step of gradient descent with rate 1
 ITSELF = "the change of the training image's own loss when it is removed, to first order"
 NORM = "the squared norm of the gradient over n"
 
+SMALL = 2_000  # parameters whose eigenvalues are all found
 SPECTRUM = 40  # products with the Hessian to see its extreme eigenvalues
 MARGIN = 1.1  # by which the scale of lissa exceeds the top eigenvalue
 
@@ -52,8 +52,7 @@ def exact(problem: Problem, *, removal: Literal["first_order", "newton"] = "firs
     leave-one-out itself where the loss is squared; no linear approximation of the test's loss either.
     """
     _require_explicit(problem, "exact")
-    factor = factor_of(problem)
-    vectors = torch.cholesky_solve(problem.questions.T, factor).T
+    vectors = torch.cholesky_solve(problem.questions.T, problem.factor).T
     solved = Solved(vectors, 1, _residual_of(problem, vectors))
     if removal == "first_order":
         return _answered(problem, solved, CHANGE, spectrum_of(problem))
@@ -62,15 +61,14 @@ def exact(problem: Problem, *, removal: Literal["first_order", "newton"] = "firs
     if not isinstance(problem, HeadProblem):
         raise BadInput("removal='newton' is for the linear head; for other layers take removal='first_order'")
     diagnostics = {**_facts(solved), "eigenvalues": spectrum_of(problem)}
-    return Answer(newton_removal(problem, factor), NEWTON, vectors, diagnostics)
+    return Answer(newton_removal(problem), NEWTON, vectors, diagnostics)
 
 
 @method("influence", "cg", cost="1 pass for each iteration; the head is read once", paper=f"{_KOH}, section 3")
 def cg(problem: Problem, *, tolerance: float = 1e-5, iterations: int = 1_000) -> Answer:
     """Conjugate gradients, until the residual is `tolerance` of the right-hand side, at most `iterations`."""
     _require_positive(tolerance=tolerance, iterations=iterations)
-    if isinstance(problem, HeadProblem) and problem.size <= min(LARGEST_EXPLICIT, 8 * problem.n):
-        problem.matrix()  # a few passes over the features, and every iteration is a small product
+    _write_down(problem)
     solved = conjugate_gradients(problem.damped, problem.questions, tolerance=tolerance, iterations=iterations)
     return _answered(problem, solved, CHANGE, spectrum_of(problem))
 
@@ -83,8 +81,7 @@ def lissa(problem: Problem, *, scale: float | None = None, depth: int = 20_000, 
     in the diagnostics. Raises `BadInput` where it diverges.
     """
     _require_positive(tolerance=tolerance, depth=depth, scale=1.0 if scale is None else scale)
-    if isinstance(problem, HeadProblem) and problem.size <= min(LARGEST_EXPLICIT, 8 * problem.n):
-        problem.matrix()
+    _write_down(problem)
     spectrum = spectrum_of(problem)
     largest = spectrum["largest"] + float(torch.as_tensor(problem.decay).max()) + problem.damping
     solved = neumann(
@@ -129,43 +126,44 @@ def gradient_dot(problem: Problem) -> Answer:
 
 
 @method("influence", "self", cost="as exact", paper=f"{_KOH}, section 5.4")
-def self_influence(problem: Problem, *, curvature: bool = True) -> Answer:
+def self_influence(problem: Problem, *, with_curvature: bool = True) -> Answer:
     """Each training image's influence on its own loss, `[1, n]`; what the test images are does not matter.
 
-    Large where an image is fitted against the others, as with a wrong label. curvature=False: its gradient's squared
-    norm.
+    Large where an image is fitted against the others, as with a wrong label. with_curvature=False: its gradient's
+    squared norm.
     """
     scores = problem.parameters.new_empty(1, problem.n)
-    if curvature:
+    if with_curvature:
         _require_explicit(problem, "self")
-        factor = factor_of(problem)
     for begin, block in problem.gradients():
-        whitened = torch.linalg.solve_triangular(factor, block.T, upper=False).T if curvature else block
-        scores[0, begin : begin + len(block)] = whitened.square().sum(1) / problem.n
-        problem.report(begin + len(block), problem.n)
-    if not curvature:
+        if with_curvature:
+            block = torch.linalg.solve_triangular(problem.factor, block.T, upper=False).T
+        scores[0, begin : begin + len(block)] = block.square().sum(1) / problem.n
+    if not with_curvature:
         return Answer(scores, NORM)
     return Answer(scores, ITSELF, diagnostics={"eigenvalues": spectrum_of(problem)})
-
-
-def factor_of(problem: Problem) -> Tensor:
-    """The Cholesky factor of the damped curvature. Raises `NotApplicable` if it is singular or indefinite."""
-    return problem.factor if isinstance(problem, HeadProblem) else factored(problem.damped_matrix())
 
 
 def spectrum_of(problem: Problem) -> dict[str, float]:
     """The extreme eigenvalues of the curvature without decay and damping, as Lanczos' method sees them.
 
-    They are exact where the head's Hessian was written down; elsewhere the smallest is an upper bound. Raises
+    They are exact where a small Hessian was written down; elsewhere the smallest is an upper bound. Raises
     `NotApplicable` if the damped curvature has a negative one.
     """
-    known = isinstance(problem, HeadProblem) and problem._matrix is not None
-    values = torch.linalg.eigvalsh(problem.matrix()) if known else _krylov(problem, SPECTRUM).ritz()[0]
+    known = problem.written if problem.size <= SMALL else None
+    values = _krylov(problem, SPECTRUM).ritz()[0] if known is None else torch.linalg.eigvalsh(known)
     largest, least = values[-1].item(), values[0].item()
-    rounding = (ROUNDING if known else 1e-9) * max(abs(least), abs(largest))
+    rounding = (1e-6 if known is None else ROUNDING) * max(abs(least), abs(largest))
     if least + float(torch.as_tensor(problem.decay).min()) + problem.damping < -rounding:
-        raise indefinite(least, "about" if known else "at most")
+        raise indefinite(least, "at most" if known is None else "about")
     return {"largest": largest, "smallest": 0.0 if abs(least) < rounding else least}
+
+
+def _write_down(problem: Problem) -> None:
+    """Writes the curvature down where that costs less than a few dozen products with it."""
+    worth = 8 * problem.n if isinstance(problem, HeadProblem) else 40 * len(problem.questions)
+    if problem.size <= min(LARGEST_EXPLICIT, worth):
+        problem.matrix()
 
 
 def _krylov(problem: Problem, steps: int) -> Krylov:

@@ -55,6 +55,16 @@ class Piece:
         rows = weight.flatten(lead)  # [..., outputs, inputs]
         return torch.cat([rows, *(one[..., None] for one in bias)], -1).flatten(-2)
 
+    def unpacked(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that `[size]` numbers stand for."""
+        if self.matrix:
+            rows = numbers.view(self.shapes[0][0], self.inputs)
+            bias = len(self.shapes) - 1
+            weight = rows[:, : self.inputs - bias].reshape(self.shapes[0])
+            return (weight, rows[:, -1]) if bias else (weight,)
+        parts = torch.split(numbers, [math.prod(shape) for shape in self.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
 
 @dataclass(frozen=True)
 class Matrix:

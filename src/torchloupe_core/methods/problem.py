@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchloupe_core.methods.solvers import factored
+
 __all__ = ["LARGEST_EXPLICIT", "Answer", "Problem"]
 
 LARGEST_EXPLICIT = 5_000  # parameters whose Hessian is written down and factored
@@ -35,7 +37,7 @@ class Answer:
     sign: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Problem(ABC):
     """P parameters, n training images, T questions.
 
@@ -49,6 +51,7 @@ class Problem(ABC):
     given_damping: float | None
     seed: int
     report: Callable[[int, int], None]
+    written: Tensor | None = field(default=None, init=False)  # the curvature, once it is
 
     @property
     @abstractmethod
@@ -83,7 +86,7 @@ class Problem(ABC):
         """The gradients of all training images' losses in blocks: where a block begins, and `[B, P]`."""
 
     @abstractmethod
-    def matrix(self) -> Tensor:
+    def _written(self) -> Tensor:
         """`[P, P]`: the curvature, written down. Raises `BadInput` where the memory does not suffice."""
 
     @property
@@ -120,11 +123,18 @@ class Problem(ABC):
         """`[m, P]`: the curvature of the objective, with weight decay and damping, times each vector."""
         return self.times(vectors) + (self.decay + self.damping) * vectors
 
-    def damped_matrix(self) -> Tensor:
-        """`[P, P]`: the same, written down."""
+    def matrix(self) -> Tensor:
+        """`[P, P]`: the curvature, kept; products are taken with it from then on."""
+        if self.written is None:
+            self.written = self._written()
+        return self.written
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """`[P, P]`: the Cholesky factor of the damped curvature. Raises `NotApplicable` if it is not positive."""
         matrix = self.matrix().clone()
         matrix.diagonal().add_(self.decay + self.damping)
-        return matrix
+        return factored(matrix)
 
     def objective_gradient(self) -> Tensor:
         """`[P]`: of mean loss and weight decay, zero at the end of a training."""

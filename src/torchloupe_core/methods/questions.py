@@ -43,11 +43,11 @@ class Questions:
             values = values.index_put((torch.tensor(rows, device=logits.device),), -outputs.score(target)[rows])
         return values
 
-    def slopes(self, logits: Tensor) -> Tensor:
-        """`[T, K]`: its derivative at the logits `[T, K]` of the test images."""
+    def slopes(self, logits: Tensor, which: Tensor | None = None) -> Tensor:
+        """`[m, K]`: its derivative at the logits `[m, K]` of some of the test images, of all unless said."""
         logits = logits.detach().requires_grad_(True)
         with torch.enable_grad():
-            values = self.of(logits, torch.arange(len(logits)))
+            values = self.of(logits, torch.arange(len(logits)) if which is None else which)
             (slopes,) = torch.autograd.grad(values.sum(), logits)
         return slopes
 

@@ -10,7 +10,7 @@ from torchloupe_core.methods.head import HeadProblem
 __all__ = ["newton_removal"]
 
 
-def newton_removal(problem: HeadProblem, factor: Tensor) -> Tensor:
+def newton_removal(problem: HeadProblem) -> Tensor:
     """`[T, n]`: by how much each question changes after one step of Newton's method without each training image.
 
     With G the inverse of the damped Hessian, M the feature of a training image in each class's row, W and g the second
@@ -18,7 +18,7 @@ def newton_removal(problem: HeadProblem, factor: Tensor) -> Tensor:
     whole, so that the change is that of the question itself. For the squared loss it is leave-one-out exactly: the
     factor is 1 / (1 - leverage) (Cook 1977, Detection of Influential Observation in Linear Regression).
     """
-    inverse = torch.cholesky_inverse(factor).view(*problem.head.weights.shape, *problem.head.weights.shape)
+    inverse = torch.cholesky_inverse(problem.factor).view(*problem.head.weights.shape, *problem.head.weights.shape)
     before = problem.support(problem.parameters)[0]  # [T]
     scores = [_of_some(problem, inverse, before, part) for part in problem.parts_of(problem.size)]
     return torch.cat(scores, 1)

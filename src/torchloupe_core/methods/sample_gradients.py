@@ -27,8 +27,8 @@ Cotangents = Callable[[Tensor], Tensor]  # of logits [N, K], `[N, m, K]`: what t
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 CLOSE = 1e-3
 NO_SUM = (
-    "the model gives another output for an image in a batch, or at another time, so its loss is no sum over images: batch "
-    "normalisation without running statistics, or dropout that does not heed eval mode"
+    "the model gives another output for an image in a batch, or at another time, so its loss is no sum over images: "
+    "batch normalisation without running statistics, or dropout that does not heed eval mode"
 )
 
 
@@ -67,6 +67,15 @@ class SampleGradients:
     def packed(self, tensors: Any) -> Tensor:
         """`[..., P]` of tensors by parameter name."""
         return torch.cat([piece.packed(tensors) for piece in self.pieces], -1)
+
+    def unpacked(self, vector: Tensor) -> dict[str, Tensor]:
+        """The tensors by parameter name that `[P]` numbers stand for."""
+        parts = torch.split(vector, [piece.size for piece in self.pieces])
+        return {
+            name: one
+            for piece, part in zip(self.pieces, parts, strict=True)
+            for name, one in zip(piece.names, piece.unpacked(part), strict=True)
+        }
 
     def spread(self, by_name: Callable[[str], float]) -> Tensor:
         """`[P]`: a number for each parameter, from one for its tensor's name."""
@@ -108,10 +117,13 @@ class SampleGradients:
 
     def summed(self, inputs: Tensor, cotangents: Cotangents) -> Tensor:
         """`[P]`: the sum over images and combinations, from one backward pass."""
-        with self._free(), torch.enable_grad(), self._watched(inputs) as watch:
+        with self.free(), torch.enable_grad(), self._watched(inputs) as watch:
             logits = self.handle.logits(watch(inputs))
-            value = (cotangents(logits.detach()).sum(1) * logits).sum()
-            found = torch.autograd.grad(value, [self._tensor(name) for name in self.names], allow_unused=True)
+            return self.derivative((cotangents(logits.detach()).sum(1) * logits).sum())
+
+    def derivative(self, value: Tensor) -> Tensor:
+        """`[P]`: of a number whose graph was made inside `free`."""
+        found = torch.autograd.grad(value, [self._tensor(name) for name in self.names], allow_unused=True)
         return self.packed(
             {
                 name: torch.zeros_like(self._tensor(name)) if one is None else one
@@ -155,7 +167,7 @@ class SampleGradients:
         calls = [(piece, name) for piece in pieces for name in self._calls(piece.module, shape)]
         places = [place for _, name in calls for place in (name, f"{name}.in")]
         with (
-            self._free(),
+            self.free(),
             torch.enable_grad(),
             self.handle.watch(*places, through=True, shape=shape) as watch,
         ):
@@ -205,7 +217,8 @@ class SampleGradients:
     def _watched(self, inputs: Tensor) -> Any:
         return self.handle.watch(shape=(inputs.shape[1], inputs.shape[2], inputs.shape[3]))
 
-    def _free(self) -> _Free:
+    def free(self) -> _Free:
+        """Inside, the parameters take part in graphs."""
         return _Free([self._tensor(name) for name in self.names])
 
     def _tensor(self, name: str) -> Tensor:

@@ -157,7 +157,8 @@ def indefinite(eigenvalue: float, how: str = "about") -> NotApplicable:
     """The error for a Hessian with a negative eigenvalue, which a step of Newton's would follow uphill."""
     return NotApplicable(
         f"the Hessian is indefinite: its smallest eigenvalue is {how} {eigenvalue:.3g}, so the model is at no minimum "
-        f"of this loss; take curvature='gauss_newton', or damping above {-eigenvalue:.2g}"
+        f"of this loss; take damping above {-eigenvalue:.2g}, or curvature='gauss_newton' where the loss is convex in "
+        "the logits"
     )
 
 

@@ -15,15 +15,20 @@ from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.labels import Given, labels_of, require_classes
 from torchloupe_core.losses import Loss
 from torchloupe_core.methods.head import Head, HeadProblem, Rows, linear_head, read_rows, require_linear
+from torchloupe_core.methods.network import Curvature, NetworkProblem
 from torchloupe_core.methods.problem import Answer, Problem
 from torchloupe_core.methods.questions import Questions
+from torchloupe_core.methods.sample_gradients import SampleGradients
 from torchloupe_core.methods.spot_check import STATIONARY, spot_check
+from torchloupe_core.methods.training_images import TrainingImages
 from torchloupe_core.targets import Target
 
-__all__ = ["Asked", "Decay", "Study", "head_study"]
+__all__ = ["Asked", "Decay", "Study", "head_study", "network_study"]
 
 Decay = float | Mapping[str, float] | None
 Report = Callable[[int, int], None]
+
+SOME = 32  # test images through the model at once
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,7 @@ class Study:
         typical = problem.typical_gradient
         found: dict[str, Any] = {
             "weight_decay": _summed_up(problem.decay),
-            "damping": problem.damping,
-            "damping_chosen": problem.given_damping is None and problem.damping > 0,
+            **self._damping(answer),
             "regularisation_units": "of the mean loss: mean loss + weight_decay / 2 x |parameters|^2; damping is added "
             "to the eigenvalues of its second derivative",
             **answer.diagnostics,
@@ -93,11 +97,31 @@ class Study:
         found["warnings"] = list(_warnings(found))
         return found
 
+    def _damping(self, answer: Answer) -> dict[str, Any]:
+        """Of methods with curvature."""
+        if "eigenvalues" not in answer.diagnostics:
+            return {}
+        problem = self.problem
+        return {"damping": problem.damping, "damping_chosen": problem.given_damping is None and problem.damping > 0}
 
-def head_study(handle: Handle, train: DataSet, test: DataSet, asked: Asked, report: Report, **reading: Any) -> Study:
-    """The head alone, with what it read of both data sets in one pass each."""
+
+def head_study(
+    handle: Handle,
+    trained: Sequence[str],
+    train: DataSet,
+    test: DataSet,
+    asked: Asked,
+    report: Report,
+    **reading: Any,
+) -> Study:
+    """The head alone, with what it read of both data sets in one pass each. trained: parameters that are not frozen."""
     shape = shape_of(handle, test)
     head = linear_head(handle, shape)
+    if f"{head.name}.weight" not in trained:
+        raise BadInput(
+            f"the parameters of the head {head.name!r} are frozen (requires_grad=False), so no training image has any "
+            "influence through them; name layers that were trained"
+        )
     names = [f"{head.name}.weight"] + ([f"{head.name}.bias"] if head.biased else [])
     asked.check(names)
     tests = read_rows(handle, test, head, **reading)
@@ -136,6 +160,66 @@ def head_study(handle: Handle, train: DataSet, test: DataSet, asked: Asked, repo
         },
         about_of(questions, found is None, handle),
     )
+
+
+def network_study(
+    handle: Handle,
+    names: Sequence[str],
+    train: DataSet,
+    test: DataSet,
+    asked: Asked,
+    report: Report,
+    *,
+    room: float,
+    curvature: Curvature = "gauss_newton",
+    workers: int | None = None,
+    skip_failures: bool = True,
+) -> Study:
+    """Any parameters of the model, by name; the training set is gone through as often as the method wants."""
+    asked.check(names)
+    reading: dict[str, Any] = {"workers": workers, "skip_failures": skip_failures}
+    tests = TrainingImages(handle, test, keep=float("inf"), **reading)
+    gradients = SampleGradients(handle, names)
+    logits = torch.cat([_logits(handle, block.inputs) for block in tests.blocks(SOME)])
+    first = next(iter(tests.blocks(SOME))).inputs
+    gradients.verify(first, lambda found: found.softmax(1)[:, None])
+    found = labels_of(test, tests.scanned, tests.indices, "test", asked.test_labels, handle.classes)
+    questions, test_labels = questions_of(asked, found, logits, test, tests.indices, handle)
+    images = TrainingImages(handle, train, keep=room / 2, **reading)
+    labels = train_labels(asked, train, images.scanned, images.indices, logits.shape[1], handle)
+    problem = NetworkProblem(
+        decay=gradients.spread(asked.decay_of),
+        given_damping=asked.damping,
+        seed=asked.seed,
+        report=report,
+        handle=handle,
+        model_gradients=gradients,
+        images=images,
+        labels=labels,
+        loss=asked.loss,
+        tests=tests,
+        asked=questions,
+        curvature=curvature,
+        room=room,
+    )
+    problem.decay = torch.as_tensor(problem.decay).to(problem.precise)
+    modules = tuple(dict.fromkeys(piece.module or "(the model itself)" for piece in gradients.pieces))
+    return Study(
+        problem,
+        modules,
+        images.indices,
+        tests.indices,
+        labels,
+        test_labels,
+        logits.cpu(),
+        {data.name(n): why for data, one in ((train, images), (test, tests)) for n, why in one.scanned.skipped.items()},
+        about_of(questions, found is None, handle),
+    )
+
+
+def _logits(handle: Handle, inputs: Tensor) -> Tensor:
+    with handle.watch(shape=(inputs.shape[1], inputs.shape[2], inputs.shape[3])) as watch:
+        return handle.logits(watch(inputs))
 
 
 def train_labels(asked: Asked, data: DataSet, scanned: Any, indices: Tensor, outputs: int, handle: Handle) -> Tensor:
@@ -220,7 +304,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             f"the model is at no minimum of this loss over this training set: the mean gradient is {share:.0%} of a "
             "single image's. Scores then tell what removing an image does beside the training that is still to come"
         )
-    if found["damping_chosen"] and "eigenvalues" in found:
+    if found.get("damping_chosen"):
         said.append(
             f"no weight decay is known, so a damping of {found['damping']:.2g} was chosen, ten times the mean "
             "eigenvalue; give the weight_decay of the training if there was one"
