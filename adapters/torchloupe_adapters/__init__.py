@@ -49,9 +49,6 @@ METHODS = {
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
-    **{
-        ("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")
-    },
     **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",

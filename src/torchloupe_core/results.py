@@ -44,16 +44,9 @@ _HOMES = {
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
     "Grid": "torchloupe_core.evengrid",
+    "Influence": "torchloupe_core.influence",
     "Neighbors": "torchloupe_core.neighbors",
-<<<<<<< HEAD
     "Visualization": "torchloupe_core.visualization",
-=======
-    "Influence": "torchloupe_core.influence",
->>>>>>> 5b04c85 (Influence of training images through the linear head, in closed form)
-=======
-    "Influence": "torchloupe_core.influence",
-    "Neighbors": "torchloupe_core.neighbors",
->>>>>>> 19ea401 (Similar features and representer points on the last layer)
 }
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
