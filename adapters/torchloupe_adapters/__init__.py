@@ -50,6 +50,8 @@ METHODS = {
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
     **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
+    **{("influence", name): "torchloupe_core.methods.kfac" for name in ("ekfac", "kfac")},
+    **{("influence", name): "torchloupe_core.methods.checkpoints" for name in ("tracin", "trak")},
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",

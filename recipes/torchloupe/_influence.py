@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import nn
 
-from torchloupe._models import ModelLike, opened
+from torchloupe._models import ModelLike, at_checkpoint, opened
 from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
@@ -99,7 +101,7 @@ def influence(
         else:
             reading |= {"room": memory * 2**30, "curvature": curvature}
             study = network_study(handle, names, train_data, test_data, asked, report, **reading)
-        answer = entry.run(study.problem, **options)
+        answer = entry.run(study.problem, **{**options, **_checkpoints(handle, options)})
         diagnostics = study.judged(answer, check)
     alone = len(answer.scores) != len(study.test_indices)  # each training image by itself
     best = study.logits.softmax(1).max(1)
@@ -110,7 +112,7 @@ def influence(
         seconds=time.perf_counter() - begun,
         forwards=handle.forwards - forwards,
         versions=versions(entry.backend),
-        options={**entry.options, **options},
+        options={**entry.options, **options, **_named(options)},
         scores=answer.scores.to("cpu", torch.float64 if handle.dtype == torch.float64 else torch.float32),
         sign=answer.sign or (LOSS if target is None or alone else TARGET),
         units=answer.units,
@@ -130,6 +132,27 @@ def influence(
         train=train_data,
         test=test_data,
     )
+
+
+def _checkpoints(handle: Handle, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option of that name, as functions that open the model with other weights."""
+    given = options.get("checkpoints")
+    return {} if given is None else {"checkpoints": [partial(at_checkpoint, handle, one) for one in given]}
+
+
+def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Checkpoints by what they are called."""
+    kinds = {Mapping: "state dict", Handle: "Handle"}
+    given = options.get("checkpoints")
+    if given is None:
+        return {}
+    names = [next((name for kind, name in kinds.items() if isinstance(one, kind)), None) for one in given]
+    return {
+        "checkpoints": [
+            name or (type(one).__name__ if isinstance(one, nn.Module) else str(one))
+            for name, one in zip(names, given, strict=True)
+        ]
+    }
 
 
 def _tests(test: Any, handle: Handle) -> DataSet:

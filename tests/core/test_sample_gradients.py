@@ -89,16 +89,11 @@ def test_convolutions_and_norms_of_every_kind() -> None:
         assert len(gradients.captured) == 8
         expected = looped(handle.module, names, inputs, gradients)
         torch.testing.assert_close(gradients.rows(inputs, combinations)[0], expected)
-        (made, _), logits = gradients.matrices(inputs, combinations)
-        begin = 0
-        summed: dict[str, Tensor] = {}
-        for one in made:
-            summed[one.piece.module] = summed.get(one.piece.module, torch.zeros(())) + one.gradients()
-        for piece in gradients.pieces:
-            if piece.matrix:
-                torch.testing.assert_close(summed[piece.module], expected[:, 0, begin : begin + piece.size])
-            begin += piece.size
-        assert len(made) == 5 and logits.shape == (4, 5)  # b is called twice
+        calls, rest, logits = gradients.apart(inputs, combinations, rest=False)
+        assert [one.piece.module for one in calls].count("b") == 2 and len(calls) == 5
+        assert rest == {} and logits.shape == (4, 5)
+        _, rest, _ = gradients.apart(inputs, combinations)
+        assert set(rest) == {"norm", "group", "layer", "flat"}
 
 
 class Tied(nn.Module):

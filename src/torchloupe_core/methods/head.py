@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
-from torchloupe_core.losses import Loss
 from torchloupe_core.memory import require
-from torchloupe_core.methods.problem import Problem
+from torchloupe_core.methods.pieces import Call, Piece
+from torchloupe_core.methods.problem import Cotangents, Problem
 from torchloupe_core.methods.questions import Questions
 from torchloupe_core.scan import Scanned, scan
 from torchloupe_core.statistics import Features
@@ -44,6 +44,14 @@ class Head:
         """`[N, D]`: features as the head reads them, with a 1 where it has a bias."""
         features = features.to(self.weights)
         return torch.cat([features, torch.ones_like(features[:, :1])], 1) if self.biased else features
+
+    @property
+    def piece(self) -> Piece:
+        """Its parameters, as one of a model's modules."""
+        classes, width = self.weights.shape
+        names = (f"{self.name}.weight", f"{self.name}.bias") if self.biased else (f"{self.name}.weight",)
+        shapes = (torch.Size([classes, width - self.biased]), torch.Size([classes]))
+        return Piece(self.name, names, shapes[: len(names)], matrix=True)
 
     def spread(self, by_name: Callable[[str], float]) -> Tensor:
         """`[K, D]`: a number for each parameter, from one for its tensor's name."""
@@ -116,13 +124,11 @@ def require_linear(handle: Handle, head: Head, inputs: Tensor, features: Tensor)
 class HeadProblem(Problem):
     """The head's parameters `[K, D]`, flattened, as P numbers; all that is needed is in memory.
 
-    train, tests: features `[n, D]`, `[T, D]`. labels: `[n]`, of the training images.
+    train, tests: features `[n, D]`, `[T, D]`.
     """
 
     head: Head
     train: Tensor
-    labels: Tensor
-    loss: Loss
     tests: Tensor
     asked: Questions
 
@@ -175,6 +181,24 @@ class HeadProblem(Problem):
         for part in self.parts_of(self.train.shape[1]):
             block = self.errors[part][:, :, None] * self.train[part][:, None]
             yield part.start, block.flatten(1)
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        return [self.head.piece]
+
+    def passes(self, cotangents: Cotangents) -> Iterator[tuple[slice, Tensor]]:
+        for part in self.parts_of(self.size):
+            wanted = cotangents(self.logits[part], self.labels[part])  # [B, m, K]
+            yield part, (wanted[..., None] * self.train[part][:, None, None]).flatten(2)
+
+    def calls(
+        self, cotangents: Cotangents, *, rest: bool
+    ) -> Iterator[tuple[slice, Sequence[Call], Mapping[str, Tensor]]]:
+        for part in self.parts_of(len(self.head.weights)):
+            wanted = cotangents(self.logits[part], self.labels[part])
+            features = self.train[part, : self.train.shape[1] - self.head.biased]
+            linear = nn.Linear(1, 1, device="meta")  # only the kind counts
+            yield part, [Call(self.head.piece, linear, features, wanted.unbind(1), len(features))], {}
 
     def _written(self) -> Tensor:
         require(3 * 8 * self.size**2, f"the Hessian of {self.size:,} parameters", self.train.device, "take 'cg'")

@@ -83,7 +83,7 @@ def lissa(problem: Problem, *, scale: float | None = None, depth: int = 20_000, 
     _require_positive(tolerance=tolerance, depth=depth, scale=1.0 if scale is None else scale)
     _write_down(problem)
     spectrum = spectrum_of(problem)
-    largest = spectrum["largest"] + float(torch.as_tensor(problem.decay).max()) + problem.damping
+    largest = spectrum["largest"] + float(problem.decay.max()) + problem.damping
     solved = neumann(
         problem.damped, problem.questions, scale=scale or MARGIN * largest, depth=depth, tolerance=tolerance
     )
@@ -154,7 +154,7 @@ def spectrum_of(problem: Problem) -> dict[str, float]:
     values = _krylov(problem, SPECTRUM).ritz()[0] if known is None else torch.linalg.eigvalsh(known)
     largest, least = values[-1].item(), values[0].item()
     rounding = (1e-6 if known is None else ROUNDING) * max(abs(least), abs(largest))
-    if least + float(torch.as_tensor(problem.decay).min()) + problem.damping < -rounding:
+    if least + float(problem.decay.min()) + problem.damping < -rounding:
         raise indefinite(least, "at most" if known is None else "about")
     return {"largest": largest, "smallest": 0.0 if abs(least) < rounding else least}
 

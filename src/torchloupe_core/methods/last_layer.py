@@ -25,6 +25,7 @@ NEWTON_STEPS, HALVINGS = 60, 30
 @method(
     "influence",
     "feature_cosine",
+    needs=("linear_head",),
     cost="1 pass",
     paper="Hanawa et al. 2021, Evaluation of Similarity-based Explanations",
 )
@@ -39,6 +40,7 @@ def feature_cosine(problem: Problem) -> Answer:
 @method(
     "influence",
     "representer",
+    needs=("linear_head",),
     cost="1 pass + Newton's method on the head where it is at no minimum",
     paper="Yeh et al. 2018, Representer Point Selection for Explaining Deep Neural Networks, theorem 3.1",
 )
@@ -54,12 +56,12 @@ def representer(problem: Problem, *, refit: bool = True) -> Answer:
     if not head.decayed:
         raise BadInput("representer points need the weight_decay of the training, as weight_decay=1e-3")
     asked = minimum(head) if refit else head
-    decay = torch.as_tensor(asked.decay).view_as(asked.head.weights)[0]  # of each feature, the same for all classes
+    decay = asked.decay.view_as(asked.head.weights)[0]  # of each feature, the same for all classes
     inverse = torch.where(decay > 0, 1 / decay.where(decay > 0, 1.0), 0.0)
     kernel = (asked.tests * inverse) @ asked.train.T / asked.n  # [T, n]
     slopes = asked.asked.slopes(asked.head.logits(asked.tests))
     free = decay.expand_as(asked.head.weights).flatten() == 0
-    gap = asked.objective_gradient().where(~free, 0.0) / torch.as_tensor(asked.decay).where(~free, 1.0)
+    gap = asked.objective_gradient().where(~free, 0.0) / asked.decay.where(~free, 1.0)
     before, after = (one.head.logits(one.tests).argmax(1) for one in (head, asked))
     facts: dict[str, Any] = {
         "refitted": asked is not head,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Literal
@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchloupe_core.errors import NotApplicable
 from torchloupe_core.handle import Handle
-from torchloupe_core.losses import Loss
 from torchloupe_core.memory import require
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Problem
+from torchloupe_core.methods.pieces import Call, Piece
+from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Cotangents, Problem
 from torchloupe_core.methods.questions import Questions
 from torchloupe_core.methods.sample_gradients import SampleGradients
 from torchloupe_core.methods.training_images import Block, TrainingImages
@@ -26,6 +26,7 @@ __all__ = ["Curvature", "NetworkProblem"]
 Curvature = Literal["gauss_newton", "hessian"]
 
 MOST = 64  # images in one block
+AT_ONCE = 32  # images whose patches are laid out at once
 PROBES = 8  # of the trace, where the Jacobian is too large
 
 
@@ -42,8 +43,6 @@ class NetworkProblem(Problem):
     handle: Handle
     model_gradients: SampleGradients
     images: TrainingImages
-    labels: Tensor
-    loss: Loss
     tests: TrainingImages
     asked: Questions
     curvature: Curvature = "gauss_newton"
@@ -88,14 +87,31 @@ class NetworkProblem(Problem):
 
     def gradients(self) -> Iterator[tuple[int, Tensor]]:
         total, norms = torch.zeros_like(self.parameters), self.parameters.new_empty(self.n)
-        for block in self.images.blocks(self._fitting(1)):
-            rows, _ = self.model_gradients.rows(block.inputs, partial(self._errors, self._labels(block)))
-            found = rows[:, 0].to(self.precise)
-            total += found.sum(0)
-            norms[block.part] = found.norm(dim=1)
-            yield block.begin, found
-            self.report(block.part.stop, self.n)
+        for part, rows in self.passes(lambda logits, labels: self.loss.gradient(logits, labels)[:, None]):
+            total += rows[:, 0].sum(0)
+            norms[part] = rows[:, 0].norm(dim=1)
+            yield part.start, rows[:, 0]
         self._sums = total / self.n, norms
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        return self.model_gradients.pieces
+
+    def passes(self, cotangents: Cotangents, rows: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """rows: how many combinations there are, so that a block fits in its room."""
+        for block in self.images.blocks(self._fitting(rows)):
+            found, _ = self.model_gradients.rows(block.inputs, partial(_labelled, cotangents, self._labels(block)))
+            yield block.part, found.to(self.precise)
+            self.report(block.part.stop, self.n)
+
+    def calls(
+        self, cotangents: Cotangents, *, rest: bool
+    ) -> Iterator[tuple[slice, Sequence[Call], Mapping[str, Tensor]]]:
+        for block in self.images.blocks(AT_ONCE):
+            wanted = partial(_labelled, cotangents, self._labels(block))
+            calls, others, _ = self.model_gradients.apart(block.inputs, wanted, rest=rest)
+            yield block.part, calls, others
+            self.report(block.part.stop, self.n)
 
     @property
     def mean_gradient(self) -> Tensor:
@@ -145,13 +161,12 @@ class NetworkProblem(Problem):
         item = torch.finfo(self.precise).bits // 8
         fits = self.n * self._outputs * self.size * item <= self.room / 2
         kept: list[tuple[slice, Tensor]] = []
-        for block in self.images.blocks(self._fitting(self._outputs)):
-            rows, _ = self.model_gradients.rows(block.inputs, partial(self._root, self._labels(block)))
-            found = rows.flatten(0, 1).to(self.precise)
+        root = self.loss.root
+        for part, rows in self.passes(lambda logits, labels: root(logits, labels).transpose(1, 2), self._outputs):
+            found = rows.flatten(0, 1)
             if fits:
-                kept.append((block.part, found))
-            yield block.part, found
-            self.report(block.part.stop, self.n)
+                kept.append((part, found))
+            yield part, found
         self._roots = kept if fits else None
 
     def _products(self, block: Block, vectors: Tensor) -> Tensor:
@@ -207,12 +222,6 @@ class NetworkProblem(Problem):
     def _slopes(self, which: Tensor, logits: Tensor) -> Tensor:
         return self.asked.slopes(logits, which)[:, None]
 
-    def _errors(self, labels: Tensor, logits: Tensor) -> Tensor:
-        return self.loss.gradient(logits, labels)[:, None]
-
-    def _root(self, labels: Tensor, logits: Tensor) -> Tensor:
-        return self.loss.root(logits, labels).transpose(1, 2)
-
     def _labels(self, block: Block) -> Tensor:
         return self.labels[block.part].to(self.handle.device)
 
@@ -228,3 +237,7 @@ class NetworkProblem(Problem):
     def _fitting(self, rows: int) -> int:
         """How many images' rows of P numbers fit in a quarter of the room."""
         return max(1, min(MOST, int(self.room / 4 / (rows * self.size * 8))))
+
+
+def _labelled(cotangents: Cotangents, labels: Tensor, logits: Tensor) -> Tensor:
+    return cotangents(logits, labels)

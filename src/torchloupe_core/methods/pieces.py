@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchloupe_core.errors import BadInput, UnknownName
 from torchloupe_core.handle import Handle
 
-__all__ = ["Matrix", "Piece", "back_to", "chosen_parameters", "piece_of", "pieces_of", "read_by"]
+__all__ = ["Call", "Piece", "chosen_parameters", "piece_of", "pieces_of"]
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,43 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """What a linear layer or convolution read and what came back to it: its gradient is the sum over L positions.
+class Call:
+    """One call of a linear layer or convolution: what it was given, and m tensors that came back to its output.
 
-    reads: `[N, L, G, I]`, with a 1 where there is a bias. backs: `[N, L, G, O]`.
+    Its gradient for an image is the sum over L positions of products of what is read there and what comes back. Both
+    are laid out when asked for, as patches take much memory.
     """
 
     piece: Piece
-    reads: Tensor
-    backs: Tensor
+    module: nn.Module
+    given: Tensor
+    gots: tuple[Tensor, ...]
+    images: int
+
+    def reads(self) -> Tensor:
+        """`[N, L, G, I]`: what the weights are multiplied with at each position, and a 1 where there is a bias.
+
+        Where windows or heads are folded into the batch they are positions of their image.
+        """
+        given, groups = self.given, self.piece.groups
+        if isinstance(self.module, nn.Conv2d):
+            given = _patches(self.module, given).transpose(1, 2)  # [N, L, C * kh * kw]
+        read = given.reshape(self.images, -1, groups, given.shape[-1] // groups)
+        if len(self.piece.names) == 2:
+            read = torch.cat([read, read.new_ones(*read.shape[:3], 1)], 3)
+        return read
+
+    def backs(self) -> Iterator[Tensor]:
+        """`[N, L, G, O]`, m times: what comes back to each position."""
+        for got in self.gots:
+            back = got.flatten(2).transpose(1, 2) if isinstance(self.module, nn.Conv2d) else got  # [N, L, C]
+            yield back.reshape(self.images, -1, self.piece.groups, self.piece.outputs)
 
     def gradients(self) -> Tensor:
-        """`[N, size]`: of each image."""
-        return torch.einsum("nlgo,nlgi->ngoi", self.backs, self.reads).flatten(1)
+        """`[N, m, size]`: of each image."""
+        reads = self.reads()
+        found = [torch.einsum("nlgo,nlgi->ngoi", back, reads).flatten(1) for back in self.backs()]
+        return torch.stack(found, 1)
 
 
 def pieces_of(handle: Handle, names: Sequence[str]) -> list[Piece]:
@@ -99,26 +123,6 @@ def piece_of(name: str, module: nn.Module, names: Sequence[str]) -> Piece:
     whole = own == [one for one in ("weight", "bias") if one in parameters] and len(own) == len(parameters)
     matrix = whole and (_is_linear(module) or _is_convolution(module))
     return Piece(name, tuple(names), shapes, matrix, module.groups if isinstance(module, nn.Conv2d) and matrix else 1)
-
-
-def read_by(module: nn.Module, piece: Piece, given: Tensor, images: int) -> Tensor:
-    """`[N, L, G, I]`: what a linear layer or convolution multiplies its weights with, position by position.
-
-    Where windows or heads are folded into the batch they are positions of their image.
-    """
-    if isinstance(module, nn.Conv2d):
-        given = _patches(module, given).transpose(1, 2)  # [N, L, C * kh * kw]
-    read = given.reshape(images, -1, piece.groups, given.shape[-1] // piece.groups)
-    if len(piece.names) == 2:
-        read = torch.cat([read, read.new_ones(*read.shape[:3], 1)], 3)
-    return read
-
-
-def back_to(module: nn.Module, piece: Piece, gradient: Tensor, images: int) -> Tensor:
-    """`[N, L, G, O]`: the gradient at a linear layer's or convolution's output, position by position."""
-    if isinstance(module, nn.Conv2d):
-        gradient = gradient.flatten(2).transpose(1, 2)  # [N, L, C]
-    return gradient.reshape(images, -1, piece.groups, piece.outputs)
 
 
 def chosen_parameters(handle: Handle, layers: str | Sequence[object]) -> tuple[str, ...]:

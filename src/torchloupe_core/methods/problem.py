@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchloupe_core.handle import Handle
+from torchloupe_core.losses import Loss
+from torchloupe_core.methods.pieces import Call, Piece
 from torchloupe_core.methods.solvers import factored
 
-__all__ = ["LARGEST_EXPLICIT", "Answer", "Problem"]
+__all__ = ["LARGEST_EXPLICIT", "Answer", "Cotangents", "Problem"]
+
+Cotangents = Callable[
+    [Tensor, Tensor], Tensor
+]  # of logits [B, K] and labels [B], `[B, m, K]` to multiply Jacobians with
 
 LARGEST_EXPLICIT = 5_000  # parameters whose Hessian is written down and factored
 # Damping where no weight decay is known. Grosse et al. 2023 take a tenth of the mean eigenvalue; on the head of a
@@ -41,16 +48,19 @@ class Answer:
 class Problem(ABC):
     """P parameters, n training images, T questions.
 
-    The objective is the mean loss of the n images + sum of decay / 2 x parameter^2. `decay` is a number, or one for
-    each parameter `[P]`. Gradients and curvature below are those of the mean loss alone, without weight decay.
+    The objective is the mean loss of the n images + sum of decay / 2 x parameter^2. Gradients and curvature below are
+    those of the mean loss alone, without weight decay.
 
     seed: of everything random. report(done, total): is told of the work done.
     """
 
-    decay: float | Tensor
+    decay: Tensor  # [P]
     given_damping: float | None
     seed: int
     report: Callable[[int, int], None]
+    loss: Loss
+    labels: Tensor  # [n], of the training images
+    elsewhere: Callable[[Handle], Problem]  # the same question of the model with other weights
     written: Tensor | None = field(default=None, init=False)  # the curvature, once it is
 
     @property
@@ -72,6 +82,21 @@ class Problem(ABC):
     @abstractmethod
     def questions(self) -> Tensor:
         """`[T, P]`: the gradient of each test image's loss, or of minus its target."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> Sequence[Piece]:
+        """The parameters, module by module."""
+
+    @abstractmethod
+    def passes(self, cotangents: Cotangents) -> Iterator[tuple[slice, Tensor]]:
+        """`[B, m, P]` for blocks of training images: m combinations of the gradients of each one's logits."""
+
+    @abstractmethod
+    def calls(
+        self, cotangents: Cotangents, *, rest: bool
+    ) -> Iterator[tuple[slice, Sequence[Call], Mapping[str, Tensor]]]:
+        """The same, as the calls of linear layers and convolutions, and `[B, m, size]` of other modules by name."""
 
     @abstractmethod
     def dots(self, vectors: Tensor) -> Tensor:
@@ -117,7 +142,7 @@ class Problem(ABC):
     @property
     def decayed(self) -> bool:
         """Whether there is a weight decay on any parameter."""
-        return bool(torch.as_tensor(self.decay > 0).any())
+        return bool((self.decay > 0).any())
 
     def damped(self, vectors: Tensor) -> Tensor:
         """`[m, P]`: the curvature of the objective, with weight decay and damping, times each vector."""

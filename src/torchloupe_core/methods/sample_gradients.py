@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
-from torchloupe_core.methods.pieces import Matrix, Piece, back_to, pieces_of, read_by
+from torchloupe_core.methods.pieces import Call, Piece, pieces_of
 
 __all__ = ["SampleGradients"]
 
@@ -83,12 +83,10 @@ class SampleGradients:
 
     def rows(self, inputs: Tensor, cotangents: Cotangents) -> tuple[Tensor, Tensor]:
         """`[N, m, P]`: m combinations of the gradients of each image's logits, and the logits `[N, K]`."""
-        rest = [piece for piece in self.pieces if piece.module not in self.captured]
-        parts, logits = self._function_rows(inputs, cotangents, rest) if rest else ({}, inputs)
-        if self.captured:
-            more, logits = self._captured_rows(inputs, cotangents)
-            parts |= more
-        return torch.cat([parts[piece.module] for piece in self.pieces], -1), logits
+        calls, found, logits = self.apart(inputs, cotangents)
+        for call in calls:
+            found[call.piece.module] = call.gradients() + found.get(call.piece.module, 0)
+        return torch.cat([found[piece.module] for piece in self.pieces], -1), logits
 
     def verify(self, inputs: Tensor, cotangents: Cotangents) -> None:
         """Compares the first and the last of some images with a backward pass of each alone.
@@ -131,33 +129,27 @@ class SampleGradients:
             }
         )
 
-    def matrices(self, inputs: Tensor, cotangents: Cotangents) -> tuple[list[list[Matrix]], Tensor]:
-        """For each combination what linear layers and convolutions read and got back, one call after another."""
-        reads, backs, logits = self._passed(inputs, cotangents, [piece for piece in self.pieces if piece.matrix])
-        return [
-            [self._matrix(piece, given, got, len(logits)) for (piece, given), got in zip(reads, back, strict=True)]
-            for back in backs
-        ], logits
+    def apart(
+        self, inputs: Tensor, cotangents: Cotangents, *, rest: bool = True
+    ) -> tuple[list[Call], dict[str, Tensor], Tensor]:
+        """The calls of linear layers and convolutions, `[N, m, size]` of the other modules by name, and the logits.
 
-    def _matrix(self, piece: Piece, given: Tensor, got: Tensor, images: int) -> Matrix:
-        module = self.modules[piece.module]
-        return Matrix(piece, read_by(module, piece, given, images), back_to(module, piece, got, images))
-
-    def _captured_rows(self, inputs: Tensor, cotangents: Cotangents) -> tuple[dict[str, Tensor], Tensor]:
-        """`[N, m, size]` of each captured module, and the logits."""
-        pieces = [piece for piece in self.pieces if piece.module in self.captured]
-        reads, backs, logits = self._passed(inputs, cotangents, pieces)
-        found: dict[str, Tensor] = {}
-        for place, (piece, given) in enumerate(reads):
-            module, got = self.modules[piece.module], [back[place] for back in backs]
+        rest: whether the other modules are wanted.
+        """
+        others = [piece for piece in self.pieces if piece.module not in self.captured]
+        found = self._function_rows(inputs, cotangents, others) if rest and others else {}
+        pieces = [piece for piece in self.pieces if piece.module in self.captured and (rest or piece.matrix)]
+        places, backs, logits = self._passed(inputs, cotangents, pieces)
+        calls = []
+        for place, (piece, given) in enumerate(places):
+            module, gots = self.modules[piece.module], tuple(back[place] for back in backs)
             if piece.matrix:
-                read = read_by(module, piece, given, len(logits))
-                each = [Matrix(piece, read, back_to(module, piece, one, len(logits))).gradients() for one in got]
-            else:
-                whitened = _whitened(module, given)
-                each = [_norm_gradients(module, whitened, one, len(logits)) for one in got]
-            found[piece.module] = torch.stack(each, 1) + found.get(piece.module, 0)
-        return found, logits
+                calls.append(Call(piece, module, given, gots, len(logits)))
+                continue
+            whitened = _whitened(module, given)
+            rows = torch.stack([_norm_gradients(module, whitened, got, len(logits)) for got in gots], 1)
+            found[piece.module] = rows + found.get(piece.module, 0)
+        return calls, found, logits
 
     def _passed(
         self, inputs: Tensor, cotangents: Cotangents, pieces: Sequence[Piece]
@@ -174,6 +166,8 @@ class SampleGradients:
             logits = self.handle.logits(watch(inputs))
             outputs = [watch[name] for _, name in calls]
             wanted = cotangents(logits.detach())
+            if not outputs:
+                return [], [], logits.detach()
             backs = [
                 torch.autograd.grad(
                     logits, outputs, wanted[:, m], retain_graph=m + 1 < wanted.shape[1], materialize_grads=True
@@ -183,10 +177,8 @@ class SampleGradients:
             reads = [(piece, watch[f"{name}.in"].detach()) for piece, name in calls]
         return reads, backs, logits.detach()
 
-    def _function_rows(
-        self, inputs: Tensor, cotangents: Cotangents, pieces: Sequence[Piece]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The same of other modules, with the model as a function of their parameters."""
+    def _function_rows(self, inputs: Tensor, cotangents: Cotangents, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """`[N, m, size]` of some modules, with the model as a function of their parameters."""
         tensors = {name: self._tensor(name).detach() for piece in pieces for name in piece.names}
 
         def logits_of(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -196,11 +188,10 @@ class SampleGradients:
             back = vjp(partial(logits_of, image=image), tensors)[1]
             return vmap(back)(wanted)[0]
 
-        logits = self._logits(inputs)
-
+        wanted = cotangents(self._logits(inputs))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no vectorised form
-            found = vmap(of_one, randomness="different")(inputs, cotangents(logits))
-        return {piece.module: piece.packed(found).detach() for piece in pieces}, logits
+            found = vmap(of_one, randomness="different")(inputs, wanted)
+        return {piece.module: piece.packed(found).detach() for piece in pieces}
 
     def _calls(self, module: str, shape: tuple[int, int, int]) -> list[str]:
         """The places of a module in a forward pass, one for each time it runs."""

@@ -24,6 +24,7 @@ __all__ = [
     "indefinite",
     "lanczos",
     "neumann",
+    "singular",
 ]
 
 Times = Callable[[Tensor], Tensor]
@@ -145,12 +146,17 @@ def factored(matrix: Tensor) -> Tensor:
         if least < -1e-9 * abs(most):
             raise indefinite(least)
         if least <= ROUNDING * most:
-            raise NotApplicable(
-                f"the Hessian is singular: its eigenvalues go from {least:.2g} to {most:.2g}; give the weight_decay of "
-                f"the training, or damping, as {1e-3 * most:.1g}, or take method='cg', which keeps to directions that "
-                "gradients have"
-            )
+            raise singular(eigenvalues)
     return factor
+
+
+def singular(eigenvalues: Tensor) -> NotApplicable:
+    """The error for a Hessian that has no inverse."""
+    least, most = eigenvalues.min().item(), eigenvalues.max().item()
+    return NotApplicable(
+        f"the Hessian is singular: its eigenvalues go from {least:.2g} to {most:.2g}; give the weight_decay of the "
+        f"training, or damping, as {1e-3 * most:.1g}, or take method='cg', which keeps to directions gradients have"
+    )
 
 
 def indefinite(eigenvalue: float, how: str = "about") -> NotApplicable:

@@ -99,7 +99,7 @@ class Study:
 
     def _damping(self, answer: Answer) -> dict[str, Any]:
         """Of methods with curvature."""
-        if "eigenvalues" not in answer.diagnostics:
+        if "eigenvalues" not in answer.diagnostics or "damping" in answer.diagnostics:
             return {}
         problem = self.problem
         return {"damping": problem.damping, "damping_chosen": problem.given_damping is None and problem.damping > 0}
@@ -134,6 +134,7 @@ def head_study(
     rows = read_rows(handle, train, head, progress=report, **reading)
     labels = train_labels(asked, train, rows.scanned, rows.indices, outputs, handle)
     problem = HeadProblem(
+        elsewhere=lambda other: head_study(other, trained, train, test, asked, report, **reading).problem,
         decay=head.spread(asked.decay_of).flatten(),
         given_damping=asked.damping,
         seed=asked.seed,
@@ -172,12 +173,14 @@ def network_study(
     *,
     room: float,
     curvature: Curvature = "gauss_newton",
-    workers: int | None = None,
-    skip_failures: bool = True,
+    **reading: Any,
 ) -> Study:
-    """Any parameters of the model, by name; the training set is gone through as often as the method wants."""
+    """Any parameters of the model, by name; the training set is gone through as often as the method wants.
+
+    room: bytes that images and gradients may take. reading: how the data sets are, as `TrainingImages` takes it.
+    """
     asked.check(names)
-    reading: dict[str, Any] = {"workers": workers, "skip_failures": skip_failures}
+    options = {"room": room, "curvature": curvature, **reading}
     tests = TrainingImages(handle, test, keep=float("inf"), **reading)
     gradients = SampleGradients(handle, names)
     logits = torch.cat([_logits(handle, block.inputs) for block in tests.blocks(SOME)])
@@ -188,6 +191,7 @@ def network_study(
     images = TrainingImages(handle, train, keep=room / 2, **reading)
     labels = train_labels(asked, train, images.scanned, images.indices, logits.shape[1], handle)
     problem = NetworkProblem(
+        elsewhere=lambda other: network_study(other, names, train, test, asked, report, **options).problem,
         decay=gradients.spread(asked.decay_of),
         given_damping=asked.damping,
         seed=asked.seed,
@@ -202,7 +206,7 @@ def network_study(
         curvature=curvature,
         room=room,
     )
-    problem.decay = torch.as_tensor(problem.decay).to(problem.precise)
+    problem.decay = problem.decay.to(problem.precise)
     modules = tuple(dict.fromkeys(piece.module or "(the model itself)" for piece in gradients.pieces))
     return Study(
         problem,
@@ -285,8 +289,8 @@ def _check_head(handle: Handle, head: Head, data: DataSet, rows: Rows) -> None:
         require_linear(handle, head, inputs, rows.features[:1])
 
 
-def _summed_up(decay: float | Tensor) -> float | list[float]:
-    values = sorted(set(torch.as_tensor(decay).flatten().tolist()))
+def _summed_up(decay: Tensor) -> float | list[float]:
+    values = sorted(set(decay.tolist()))
     return values[0] if len(values) == 1 else values
 
 
