@@ -13,6 +13,8 @@ __all__ = ["METHODS", "SHORT_NAMES"]
 _ATTENTION = "torchloupe_core.methods.attention"
 _CAM = "torchloupe_core.methods.cam"
 _CAM_MASKS = "torchloupe_core.methods.cam_masks"
+_INFLUENCE = "torchloupe_core.methods.influence"
+_LAST_LAYER = "torchloupe_core.methods.last_layer"
 _CAPTUM = (
     "deconvolution",
     "deep_lift",
@@ -47,6 +49,10 @@ METHODS = {
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
+    **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
+    **{("influence", name): "torchloupe_core.methods.kfac" for name in ("ekfac", "kfac")},
+    **{("influence", name): "torchloupe_core.methods.checkpoints" for name in ("tracin", "trak")},
+    **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",

@@ -13,15 +13,20 @@ from torch import Tensor, nn
 
 from torchloupe_core.errors import BadInput, MissingDependency
 
-__all__ = ["load_into", "read", "save"]
+__all__ = ["load_into", "load_state", "read", "save"]
 
 MOST = 8
 
 
 def load_into(module: nn.Module, path: str | Path) -> None:
     """Loads a checkpoint into a model, every key of it. Raises `BadInput` and changes nothing if they do not match."""
+    load_state(module, read(path), str(path))
+
+
+def load_state(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """The same with a state dict, called `name` in messages."""
     expected = module.state_dict()
-    state = _unwrapped(read(path), expected)
+    state = _unwrapped(dict(weights), expected)
     problems = [
         *_listed("missing", [f"{key} {list(value.shape)}" for key, value in expected.items() if key not in state]),
         *_listed(
@@ -37,7 +42,7 @@ def load_into(module: nn.Module, path: str | Path) -> None:
         ),
     ]
     if problems:
-        raise BadInput(f"{path} does not fit this {type(module).__name__}:\n" + "\n".join(problems))
+        raise BadInput(f"{name} does not fit this {type(module).__name__}:\n" + "\n".join(problems))
     module.load_state_dict(state)
 
 

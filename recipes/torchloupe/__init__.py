@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchloupe._explain import explain
     from torchloupe._facets import facets
     from torchloupe._features import features
+    from torchloupe._influence import influence
     from torchloupe._interactions import class_prototype, directions, interactions, spectrum
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torchloupe_core.filters import Filters
     from torchloupe_core.gallery import Gallery
     from torchloupe_core.handle import Handle
+    from torchloupe_core.influence import Influence
     from torchloupe_core.layout import Layout
     from torchloupe_core.maco import MaCo
     from torchloupe_core.neighbors import Neighbors
@@ -81,6 +83,7 @@ __all__ = [
     "Gallery",
     "Grid",
     "Handle",
+    "Influence",
     "Layout",
     "MaCo",
     "Neighbors",
@@ -107,6 +110,7 @@ __all__ = [
     "explain",
     "facets",
     "features",
+    "influence",
     "interactions",
     "interpolate",
     "layer",
@@ -143,6 +147,7 @@ _HOMES = {
     "Filters": "torchloupe_core.filters",
     "Grid": "torchloupe_core.evengrid",
     "Handle": "torchloupe_core.handle",
+    "Influence": "torchloupe_core.influence",
     "Layout": "torchloupe_core.layout",
     "Neighbors": "torchloupe_core.neighbors",
     "Gallery": "torchloupe_core.gallery",
@@ -167,6 +172,7 @@ _HOMES = {
     "features": "torchloupe._features",
     "facets": "torchloupe._facets",
     "interactions": "torchloupe._interactions",
+    "influence": "torchloupe._influence",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "neighbors": "torchloupe._neighbors",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import torchloupe_adapters  # noqa: F401  (says where methods and sources live)
+from torchloupe_adapters import checkpoint as checkpoints
 from torchloupe_core import registry
 from torchloupe_core.borrow import kept_randomness
 from torchloupe_core.errors import BadInput, UnknownName
@@ -19,7 +22,7 @@ from torchloupe_core.handle import Handle, unwrapped
 from torchloupe_core.layout import Layout
 from torchloupe_core.spec import OutputSelector, Preprocess, Spec, resize_and_normalise
 
-__all__ = ["ModelLike", "load", "opened", "wrap"]
+__all__ = ["ModelLike", "at_checkpoint", "load", "opened", "wrap"]
 
 ModelLike = Handle | nn.Module | str
 
@@ -113,6 +116,22 @@ def opened(
     if output is not None:
         handle = handle.with_spec(output=output)
     return handle.to(device, dtype, memory_format=memory_format)
+
+
+def at_checkpoint(handle: Handle, checkpoint: Any) -> Handle:
+    """The model of a handle as another checkpoint has it, a copy: a file, a state dict, a module or a handle."""
+    if isinstance(checkpoint, Handle):
+        return checkpoint
+    if isinstance(checkpoint, nn.Module):
+        return Handle(checkpoint, handle.spec)
+    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):
+        raise BadInput(f"a checkpoint is a file, a state dict, a module or a Handle; got {type(checkpoint).__name__}")
+    module = copy.deepcopy(handle.module)
+    if isinstance(checkpoint, Mapping):
+        checkpoints.load_state(module, checkpoint, "the state dict")
+    else:
+        checkpoints.load_into(module, Path(checkpoint))
+    return Handle(module, handle.spec)
 
 
 def _recognised(module: nn.Module) -> Spec | None:

@@ -44,6 +44,7 @@ _HOMES = {
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
     "Grid": "torchloupe_core.evengrid",
+    "Influence": "torchloupe_core.influence",
     "Neighbors": "torchloupe_core.neighbors",
     "Gallery": "torchloupe_core.gallery",
     "Visualization": "torchloupe_core.visualization",

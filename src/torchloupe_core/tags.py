@@ -6,8 +6,10 @@ __all__ = ["NEEDS"]
 
 NEEDS = {
     "attention": "attention over all tokens in one block after another, and nothing else between tokens",
+    "checkpoints": "states of the model's training, given with checkpoints=",
     "gradient": "the target is differentiable with respect to the input or a layer",
     "layer": "a spatial layer, named with layer= or the last that reaches the output",
+    "linear_head": "a linear layer at the end, whose outputs are the logits",
     "nchw": "a layer laid out [N, C, h, w]",
     "pooled_linear": "global average pooling, then one linear layer; the target is made of logits",
     "rectified": "at least one ReLU, module or function",

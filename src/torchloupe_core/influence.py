@@ -1,0 +1,160 @@
+"""The training images a prediction rests on: what `influence` returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchloupe_core.dataset import DataSet
+from torchloupe_core.errors import BadInput
+from torchloupe_core.results import Result
+from torchloupe_core.thumbnails import small
+
+__all__ = ["Influence", "Kind", "Ranking"]
+
+Kind = Literal["helpful", "harmful"]
+
+THUMBNAIL = 96  # pixels
+KEPT, KEPT_TESTS = 6, 24  # pictures of each kind for each test image, and tests, in a saved result
+
+
+class Ranking(NamedTuple):
+    """For each test image k training images, first those that matter most.
+
+    indices: `[T, k]`, in the training set. scores: `[T, k]`. labels: `[T, k]`, as the training set gives them.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Influence(Result):
+    """How much each of N_train training images supports what is asked about each of N_test test images.
+
+    scores: `[N_test, N_train]`; positive: the image supported the prediction, removing it raises the test's loss, or
+    lowers the target asked about. sign: that in words; units: what a score of 1 means. about: what was asked of each
+    test image. The method "self" has one row, each training image's influence on itself.
+
+    train_indices, test_indices: of columns and rows in their data sets; an image that could not be read has none.
+    train_labels, test_labels: as given, -1 where unknown. predictions: the class each test image is taken for,
+    `[N_test]`, and its probability, confidences. layers: the layers whose parameters take part, parameters: how many
+    numbers those are. Influence through other parameters is left out: by default only the head is asked about.
+
+    diagnostics: weight decay and damping in use, both for the mean loss; the solver's residual and iterations; extreme
+    eigenvalues; how near the model is to a minimum; a check against removing images in fact; `warnings`, in words.
+    """
+
+    drawings: ClassVar[str] = "torchloupe_core.plots_influence"
+
+    scores: Tensor
+    sign: str
+    units: str
+    about: tuple[str, ...]
+    train_indices: Tensor
+    test_indices: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+    layers: tuple[str, ...]
+    parameters: int
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    thumbnails: Tensor | None = None  # [M, 3, 96, 96] bytes, in a result that was saved
+    thumbnail_of: tuple[str, ...] = ()
+    train: DataSet | None = None
+    test: DataSet | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: int) -> Influence:
+        """The influence on one test image."""
+        row = range(len(self))[index]
+        per_test = ("scores", "test_indices", "test_labels", "predictions", "confidences")
+        changes: dict[str, Any] = {name: getattr(self, name)[row : row + 1] for name in per_test}
+        return replace(self, about=self.about[row : row + 1], **changes)
+
+    def top(self, k: int = 5, kind: Kind = "helpful") -> Ranking:
+        """The k training images of largest score for each test image, or with "harmful" of the smallest.
+
+        Of equal scores the first in the training set comes first. Raises `BadInput` for another kind.
+        """
+        if kind not in ("helpful", "harmful"):
+            raise BadInput(f'kind is "helpful" or "harmful"; got {kind!r}')
+        if k < 1:
+            raise BadInput(f"k is at least 1; got {k}")
+        columns = self.scores.argsort(dim=1, descending=kind == "helpful", stable=True)[:, :k]
+        return Ranking(self.train_indices[columns], self.scores.gather(1, columns), self.train_labels[columns])
+
+    def together(self, groups: Sequence[Iterable[int]]) -> Tensor:
+        """`[N_test, G]`: the influence of groups of training images, by their indices: to first order the sum.
+
+        Raises `BadInput` for an image that is not in the training set or could not be read.
+        """
+        place = {index: column for column, index in enumerate(self.train_indices.tolist())}
+        columns = []
+        for group in groups:
+            members = [int(index) for index in group]
+            if lacking := [index for index in members if index not in place]:
+                raise BadInput(f"there is no training image {lacking[0]}; the columns are those of .train_indices")
+            columns.append(self.scores[:, [place[index] for index in members]].sum(1))
+        return torch.stack(columns, 1) if columns else self.scores[:, :0]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against these scores, in words."""
+        return tuple(self.diagnostics.get("warnings", ()))
+
+    def name_of(self, label: float) -> str:
+        """The name of a class, or its number; a dash where unknown."""
+        if label < 0:
+            return "-"
+        known = self.classes is not None and label == int(label) and int(label) < len(self.classes)
+        return self.classes[int(label)] if known and self.classes is not None else f"{label:g}"
+
+    def pictures(self, which: Literal["train", "test"], indices: Iterable[int]) -> dict[int, Tensor]:
+        """`[3, 96, 96]` uint8 each: images of one of the data sets, made small, each read once.
+
+        Raises `BadInput` where one cannot be read any more or was not saved with the result.
+        """
+        data, wanted = self.train if which == "train" else self.test, sorted(set(indices))
+        if data is None:
+            return {index: self._kept(f"{which} {index}") for index in wanted}
+        found = {}
+        for sample in data.read_each(wanted):
+            if sample.inputs is None:
+                raise BadInput(f"{data.name(sample.index)} was read before and cannot be now: {sample.error}")
+            found[sample.index] = small(sample.inputs, data.spec, THUMBNAIL)
+        return found
+
+    def save(self, path: str | os.PathLike[str], *, pictures: bool = True) -> Path:
+        """As every result, with small pictures of what a drawing shows; pictures=False leaves them out."""
+        kept = self._thumbnails() if pictures and self.train is not None else {}
+        stacked = torch.stack(list(kept.values())) if kept else self.thumbnails
+        names = tuple(kept) or self.thumbnail_of
+        bare = replace(self, train=None, test=None, thumbnails=stacked, thumbnail_of=names)
+        return super(Influence, bare).save(path)
+
+    def _thumbnails(self) -> dict[str, Tensor]:
+        k = KEPT if len(self.test_indices) else KEPT * KEPT_TESTS
+        kinds: tuple[Kind, ...] = ("helpful", "harmful")
+        shown = [self.top(k, kind).indices[:KEPT_TESTS].flatten().tolist() for kind in kinds]
+        train = self.pictures("train", [index for indices in shown for index in indices])
+        test = self.pictures("test", self.test_indices[:KEPT_TESTS].tolist())
+        return {f"{which} {n}": one for which, found in (("train", train), ("test", test)) for n, one in found.items()}
+
+    def _kept(self, name: str) -> Tensor:
+        if self.thumbnails is None or name not in self.thumbnail_of:
+            raise BadInput(f"this result was saved without a picture of {name.replace(' ', ' image ')}")
+        return self.thumbnails[self.thumbnail_of.index(name)]
