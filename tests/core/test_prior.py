@@ -165,3 +165,46 @@ def test_a_data_base_of_patches_shapes_the_image() -> None:
     options = {"steps": 40, "lr": 0.1, **QUICK}
     made = tl.visualize(handle, "logit:cat", regularizers=[Patches(stripes, 50.0, size=6, count=64)], **options).images
     assert made.diff(dim=3).abs().mean() > 2 * made.diff(dim=2).abs().mean()
+
+
+# -- a generator of scenes --------------------------------------------------------------------------------------------
+
+
+class Components(nn.Module):
+    """A linear generator fitted to scenes: their mean and 48 principal components, codes of unit variance."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        flat = images.flatten(1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, sizes, directions = torch.pca_lowrank(flat, q=48)
+        self.fc = nn.Linear(48, flat.shape[1])
+        with torch.no_grad():
+            self.fc.weight.copy_(directions * sizes / len(images) ** 0.5)
+            self.fc.bias.copy_(flat.mean(0))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.fc(codes).view(-1, 3, 64, 64)  # type: ignore[no-any-return]
+
+
+def test_a_generator_of_scenes_moves_the_target_with_what_scenes_are_made_of() -> None:
+    model = tl.load("demo")
+    scenes = tl.demo_scenes(300, seed=11).images.float() / 255
+    generator = Components(scenes).eval()
+    prior = tl.Prior(generator, (48,), limits=(-3.0, 3.0))
+    options: dict[str, Any] = {"steps": 60, "lr": 0.2, "method": "native", **QUICK}
+    targets = ["logit:house", "logit:star", "logit:ring"]
+    start = tl.visualize(model, targets, prior=prior, **{**options, "steps": 1, "lr": 1e-9})
+    made = tl.visualize(model, targets, prior=prior, **options)
+    free = tl.visualize(model, targets, parametrization="pixel", **options)
+    assert (made.scores > start.scores + 3).all()
+    directions = generator.fc.weight.detach()
+
+    def outside(images: Tensor) -> float:
+        """The share of an image that the generator cannot make."""
+        away = images.flatten(1) - generator.fc.bias.detach()
+        inside = torch.linalg.lstsq(directions, away.T).solution
+        return float((away.T - directions @ inside).norm() / away.norm())
+
+    assert outside(made.images) < 0.3 < 0.6 < outside(free.images)

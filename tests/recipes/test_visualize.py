@@ -478,6 +478,8 @@ def test_ctrl_c_keeps_what_was_made_if_asked() -> None:
         tl.visualize(sequence(5, interrupting), "1:1", steps=9, **PLAIN)
     made = tl.visualize(sequence(5, interrupting), "1:1", steps=9, interruptible=True, **PLAIN)
     assert made.stopped == "interrupted after step 5" and made.losses.shape == (1, 5)
+    whole = tl.visualize(sequence(10**6, interrupting), "1:1", steps=9, snapshots=[4, 5], **PLAIN)
+    assert torch.equal(made.images, whole.at(5)) and not torch.equal(made.images, whole.at(4))
     with pytest.raises(KeyboardInterrupt):  # nothing was made
         tl.visualize(sequence(0, interrupting), "1:1", steps=9, interruptible=True, **PLAIN)
     several = tl.visualize(
