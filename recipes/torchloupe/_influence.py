@@ -125,6 +125,7 @@ def influence(
         confidences=best.values.float()[: 0 if alone else None],
         layers=study.layers,
         parameters=study.problem.size,
+        gradient_norms=study.problem.gradient_norms.cpu(),
         diagnostics=diagnostics,
         classes=handle.classes,
         skipped=study.skipped,

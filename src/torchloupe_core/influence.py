@@ -48,6 +48,8 @@ class Influence(Result):
     `[N_test]`, and its probability, confidences. layers: the layers whose parameters take part, parameters: how many
     numbers those are. Influence through other parameters is left out: by default only the head is asked about.
 
+    gradient_norms: `[N_train]`, how strongly each training image still pulls at the parameters.
+
     diagnostics: weight decay and damping in use, both for the mean loss; the solver's residual and iterations; extreme
     eigenvalues; how near the model is to a minimum; a check against removing images in fact; `warnings`, in words.
     """
@@ -66,6 +68,7 @@ class Influence(Result):
     confidences: Tensor
     layers: tuple[str, ...]
     parameters: int
+    gradient_norms: Tensor
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +99,18 @@ class Influence(Result):
             raise BadInput(f"k is at least 1; got {k}")
         columns = self.scores.argsort(dim=1, descending=kind == "helpful", stable=True)[:, :k]
         return Ranking(self.train_indices[columns], self.scores.gather(1, columns), self.train_labels[columns])
+
+    def relative(self) -> Influence:
+        """The same with each score over the norm of its training image's gradient: what it does for its size.
+
+        Images that the model fits perfectly have hardly any gradient left, however much the model learned from them,
+        and poorly fitted ones lead every list. As relative influence (Barshan et al. 2020, RelatIF: Identifying
+        Explanatory Training Examples via Relative Influence), with the plain norm in place of those with curvature.
+        """
+        smallest = torch.finfo(self.scores.dtype).tiny
+        norms = self.gradient_norms.to(self.scores.dtype)
+        scores = torch.where(norms > 0, self.scores / norms.clamp(min=smallest), 0.0)
+        return replace(self, scores=scores, units=f"{self.units}, over the norm of its gradient")
 
     def together(self, groups: Sequence[Iterable[int]]) -> Tensor:
         """`[N_test, G]`: the influence of groups of training images, by their indices: to first order the sum.

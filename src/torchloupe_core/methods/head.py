@@ -264,8 +264,9 @@ class HeadProblem(Problem):
         return found
 
     @property
-    def typical_gradient(self) -> float:
-        return float((self.errors.norm(dim=1) * self.train.norm(dim=1)).median().clamp(min=1e-30))
+    def gradient_norms(self) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(self.errors, dim=1) * torch.linalg.vector_norm(self.train, dim=1)
+        return norms
 
     def _slopes(self, parameters: Tensor, kept: Tensor) -> Tensor:
         """`[m, P]`: the gradient of the loss of the images kept `[m, n]`, over n, at other parameters."""

@@ -118,8 +118,8 @@ class NetworkProblem(Problem):
         return self._summed()[0]
 
     @property
-    def typical_gradient(self) -> float:
-        return float(self._summed()[1].median().clamp(min=1e-30))
+    def gradient_norms(self) -> Tensor:
+        return self._summed()[1]
 
     def times(self, vectors: Tensor) -> Tensor:
         if self.written is not None:
