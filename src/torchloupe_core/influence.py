@@ -21,6 +21,7 @@ __all__ = ["Influence", "Kind", "Ranking"]
 Kind = Literal["helpful", "harmful"]
 
 THUMBNAIL = 96  # pixels
+RELATIVE = "over the norm of its gradient"
 KEPT, KEPT_TESTS = 6, 24  # pictures of each kind for each test image, and tests, in a saved result
 
 
@@ -110,7 +111,9 @@ class Influence(Result):
         smallest = torch.finfo(self.scores.dtype).tiny
         norms = self.gradient_norms.to(self.scores.dtype)
         scores = torch.where(norms > 0, self.scores / norms.clamp(min=smallest), 0.0)
-        return replace(self, scores=scores, units=f"{self.units}, over the norm of its gradient")
+        kept = {name: value for name, value in self.diagnostics.items() if name != "spot_check"}  # of the scores as are
+        units = f"{self.units}, {RELATIVE}"
+        return replace(self, scores=scores, units=units, diagnostics=kept)
 
     def together(self, groups: Sequence[Iterable[int]]) -> Tensor:
         """`[N_test, G]`: the influence of groups of training images, by their indices: to first order the sum.

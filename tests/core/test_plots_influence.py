@@ -74,4 +74,6 @@ def test_images_by_themselves_are_drawn_in_rows() -> None:
 def test_relative_scores_are_over_the_gradients_norm(found: tl.Influence) -> None:
     relative = found.relative()
     torch.testing.assert_close(relative.scores * found.gradient_norms.float(), found.scores)
+    title = relative.figure()._suptitle.get_text()  # type: ignore[attr-defined]
+    assert "scores over the norm of its gradient" in title and "refits" not in title
     assert relative.units.endswith("over the norm of its gradient") and relative.about == found.about

@@ -23,7 +23,7 @@ from torchloupe_core.methods.spot_check import STATIONARY, spot_check
 from torchloupe_core.methods.training_images import TrainingImages
 from torchloupe_core.targets import Target
 
-__all__ = ["Asked", "Decay", "Study", "head_study", "network_study"]
+__all__ = ["Asked", "Decay", "Study", "head_study", "network_study", "shape_of"]
 
 Decay = float | Mapping[str, float] | None
 Report = Callable[[int, int], None]
