@@ -24,7 +24,7 @@ from torchloupe_core.losses import LossLike, as_loss
 from torchloupe_core.methods.head import linear_head
 from torchloupe_core.methods.network import Curvature
 from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.study import Asked, Decay, head_study, network_study, shape_of
+from torchloupe_core.methods.study import Asked, Decay, Kept, head_study, network_study, shape_of
 from torchloupe_core.targets import Target, TargetLike, as_target
 
 __all__ = ["influence"]
@@ -136,6 +136,7 @@ def influence(
         names={} if train_data.names is None else {str(n): name for n, name in enumerate(train_data.names)},
         train=train_data,
         test=test_data,
+        question=None if answer.vectors is None else Kept(study.problem, answer.vectors, train_data, handle),
     )
 
 

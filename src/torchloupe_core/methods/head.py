@@ -127,6 +127,7 @@ class HeadProblem(Problem):
     train, tests: features `[n, D]`, `[T, D]`.
     """
 
+    handle: Handle
     head: Head
     train: Tensor
     tests: Tensor
@@ -261,6 +262,17 @@ class HeadProblem(Problem):
                 return found
             found = found - open_[:, None] * torch.cholesky_solve(slope.T, self.factor).T
         found[open_] = torch.nan
+        return found
+
+    def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        shape = (inputs.shape[1], inputs.shape[2], inputs.shape[3])
+        inputs = inputs.detach().requires_grad_(True)
+        with torch.enable_grad(), self.handle.watch(self.head.reads, shape=shape) as watch:
+            watch(inputs)
+            features = self.head.with_bias(Reading(self.handle, watch, None).embedding(self.head.reads))
+            errors = self.loss.gradient(self.head.logits(features), labels.to(features.device))
+            along = features @ vector.view_as(self.head.weights).T
+            (found,) = torch.autograd.grad((errors * along).sum(), inputs)
         return found
 
     @property

@@ -193,6 +193,23 @@ class NetworkProblem(Problem):
                 found.append(gradients.packed(vjp(logits_of, tensors)[1](curved)[0]))
         return torch.stack(found).detach().to(self.precise)
 
+    def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        gradients, labels = self.model_gradients, labels.to(inputs.device)
+        tensors = {name: self.handle.module.get_parameter(name).detach() for name in gradients.names}
+        direction = gradients.unpacked(vector.to(self.handle.dtype))
+
+        def along(images: Tensor) -> Tensor:
+            def loss_of(parameters: dict[str, Tensor]) -> Tensor:
+                output = functional_call(self.handle.module, parameters, (images.clone(),))
+                return self.loss(self.handle.logits(output), labels).sum()
+
+            slope: Tensor = jvp(loss_of, (tensors,), (direction,))[1]
+            return slope
+
+        with sdpa_kernel(SDPBackend.MATH):
+            found: Tensor = grad(along)(inputs)
+        return found.detach()
+
     def _inner_questions(self) -> Tensor:
         """`[T, P]` of targets that read layers, one after another."""
         rows = []

@@ -137,6 +137,13 @@ class Problem(ABC):
             total += block.sum(0)
         return total / self.n
 
+    @abstractmethod
+    def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        """`[N, C, H, W]`: how a vector `[P]` times the gradient of an image's loss changes with the image's pixels.
+
+        Asked while the model is borrowed.
+        """
+
     @cached_property
     def damping(self) -> float:
         """What is added to the curvature's eigenvalues beside the weight decay."""
