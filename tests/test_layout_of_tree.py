@@ -24,7 +24,7 @@ MAY_IMPORT = {
 EVERYWHERE = {"torch", "numpy", "PIL"}
 # Each ecosystem and the one file that imports it; where a second file may, the reason.
 HOMES = {
-    "captum": {f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "lrp", "surrogate")},
+    "captum": {f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "influence", "lrp", "surrogate")},
     "timm": {"torchloupe_adapters/timm.py"},
     "huggingface_hub": {"torchloupe_adapters/timm.py"},  # which fetches timm's weights
     "torchvision": {"torchloupe_adapters/torchvision.py"},
@@ -45,6 +45,7 @@ HOMES = {
     "click": {
         "torchloupe/cli.py",
         "torchloupe/cli_embedding.py",
+        "torchloupe/cli_influence.py",
         "torchloupe/cli_looking.py",
         "torchloupe/cli_options.py",
         "torchloupe/cli_scan.py",

@@ -52,6 +52,10 @@ METHODS = {
     **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
     **{("influence", name): "torchloupe_core.methods.kfac" for name in ("ekfac", "kfac")},
     **{("influence", name): "torchloupe_core.methods.checkpoints" for name in ("tracin", "trak")},
+    **{
+        ("influence", f"captum.{name}"): "torchloupe_adapters.captum.influence"
+        for name in ("arnoldi", "naive", "tracin", "tracin_fast")
+    },
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",

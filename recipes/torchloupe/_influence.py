@@ -21,9 +21,10 @@ from torchloupe_core.handle import Handle
 from torchloupe_core.influence import Influence
 from torchloupe_core.labels import Given
 from torchloupe_core.losses import LossLike, as_loss
+from torchloupe_core.methods.head import linear_head
 from torchloupe_core.methods.network import Curvature
 from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.study import Asked, Decay, head_study, network_study
+from torchloupe_core.methods.study import Asked, Decay, Kept, head_study, network_study, shape_of
 from torchloupe_core.targets import Target, TargetLike, as_target
 
 __all__ = ["influence"]
@@ -95,10 +96,13 @@ def influence(
     asked = Asked(as_loss(loss), _targets(target), labels, test_labels, weight_decay, damping, seed)
     reading: dict[str, Any] = {"workers": workers, "skip_failures": skip_failures}
     with progress_bar("influence", "images", progress) as report, handle.borrow():
-        if layers is None:
+        if layers is None and entry.backend == "native":
             reading |= {"batch_size": batch_size}
             study = head_study(handle, names, train_data, test_data, asked, report, **reading)
         else:
+            if layers is None:  # other libraries go through the model
+                own = linear_head(handle, shape_of(handle, test_data)).name
+                names = tuple(name for name in names if name.startswith(f"{own}."))
             reading |= {"room": memory * 2**30, "curvature": curvature}
             study = network_study(handle, names, train_data, test_data, asked, report, **reading)
         answer = entry.run(study.problem, **{**options, **_checkpoints(handle, options)})
@@ -125,12 +129,14 @@ def influence(
         confidences=best.values.float()[: 0 if alone else None],
         layers=study.layers,
         parameters=study.problem.size,
+        gradient_norms=study.problem.gradient_norms.cpu(),
         diagnostics=diagnostics,
         classes=handle.classes,
         skipped=study.skipped,
         names={} if train_data.names is None else {str(n): name for n, name in enumerate(train_data.names)},
         train=train_data,
         test=test_data,
+        question=None if answer.vectors is None else Kept(study.problem, answer.vectors, train_data, handle),
     )
 
 

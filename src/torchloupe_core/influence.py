@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from torchloupe_core.dataset import DataSet
-from torchloupe_core.errors import BadInput
-from torchloupe_core.results import Result
+from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.results import Attribution, Result
 from torchloupe_core.thumbnails import small
 
 __all__ = ["Influence", "Kind", "Ranking"]
@@ -21,7 +22,18 @@ __all__ = ["Influence", "Kind", "Ranking"]
 Kind = Literal["helpful", "harmful"]
 
 THUMBNAIL = 96  # pixels
+RELATIVE = "over the norm of its gradient"
 KEPT, KEPT_TESTS = 6, 24  # pictures of each kind for each test image, and tests, in a saved result
+
+
+class Question(Protocol):
+    """What was asked, kept as long as the model is there."""
+
+    def only(self, row: int) -> Question:
+        """That of one test image."""
+
+    def pixels(self, row: int, train: int, label: Tensor) -> tuple[Tensor, Tensor]:
+        """`[1, C, H, W]`: the score's gradient by a training image's pixels, and the image as it is shown."""
 
 
 class Ranking(NamedTuple):
@@ -48,6 +60,8 @@ class Influence(Result):
     `[N_test]`, and its probability, confidences. layers: the layers whose parameters take part, parameters: how many
     numbers those are. Influence through other parameters is left out: by default only the head is asked about.
 
+    gradient_norms: `[N_train]`, how strongly each training image still pulls at the parameters.
+
     diagnostics: weight decay and damping in use, both for the mean loss; the solver's residual and iterations; extreme
     eigenvalues; how near the model is to a minimum; a check against removing images in fact; `warnings`, in words.
     """
@@ -66,6 +80,7 @@ class Influence(Result):
     confidences: Tensor
     layers: tuple[str, ...]
     parameters: int
+    gradient_norms: Tensor
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +89,7 @@ class Influence(Result):
     thumbnail_of: tuple[str, ...] = ()
     train: DataSet | None = None
     test: DataSet | None = None
+    question: Question | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -83,7 +99,8 @@ class Influence(Result):
         row = range(len(self))[index]
         per_test = ("scores", "test_indices", "test_labels", "predictions", "confidences")
         changes: dict[str, Any] = {name: getattr(self, name)[row : row + 1] for name in per_test}
-        return replace(self, about=self.about[row : row + 1], **changes)
+        question = None if self.question is None else self.question.only(row)
+        return replace(self, about=self.about[row : row + 1], question=question, **changes)
 
     def top(self, k: int = 5, kind: Kind = "helpful") -> Ranking:
         """The k training images of largest score for each test image, or with "harmful" of the smallest.
@@ -96,6 +113,53 @@ class Influence(Result):
             raise BadInput(f"k is at least 1; got {k}")
         columns = self.scores.argsort(dim=1, descending=kind == "helpful", stable=True)[:, :k]
         return Ranking(self.train_indices[columns], self.scores.gather(1, columns), self.train_labels[columns])
+
+    def relative(self) -> Influence:
+        """The same with each score over the norm of its training image's gradient: what it does for its size.
+
+        Images that the model fits perfectly have hardly any gradient left, however much the model learned from them,
+        and poorly fitted ones lead every list. As relative influence (Barshan et al. 2020, RelatIF: Identifying
+        Explanatory Training Examples via Relative Influence), with the plain norm in place of those with curvature.
+        """
+        smallest = torch.finfo(self.scores.dtype).tiny
+        norms = self.gradient_norms.to(self.scores.dtype)
+        scores = torch.where(norms > 0, self.scores / norms.clamp(min=smallest), 0.0)
+        kept = {name: value for name, value in self.diagnostics.items() if name != "spot_check"}  # of the scores as are
+        units = f"{self.units}, {RELATIVE}"
+        return replace(self, scores=scores, units=units, diagnostics=kept, question=None)
+
+    def where(self, train: int, test: int = 0) -> Attribution:
+        """Where in a training image its influence on a test image comes from: the score's gradient by its pixels.
+
+        train: its index in the training set; test: the row. values sum the input's channels, which are in per_channel:
+        where they are positive, more of the pixel is more support. Koh and Liang 2017, eq. 5. Raises `NotApplicable`
+        where scores are not products with gradients, or the result was saved and opened again.
+        """
+        row = range(len(self))[test]
+        if self.question is None:
+            raise NotApplicable(
+                f"{self.method} keeps nothing to ask about pixels: take 'cg', 'exact', 'ekfac' or 'gradient_dot', in "
+                "the session that asked, and before relative()"
+            )
+        if train not in self.train_indices.tolist():
+            raise BadInput(f"there is no training image {train}; the columns are those of .train_indices")
+        column = self.train_indices.tolist().index(train)
+        begun = time.perf_counter()
+        gradient, image = self.question.pixels(row, train, self.train_labels[column])
+        return Attribution(
+            method=self.method,
+            backend=self.backend,
+            seed=self.seed,
+            seconds=time.perf_counter() - begun,
+            forwards=1,
+            versions=self.versions,
+            options=self.options,
+            values=gradient.sum(1),
+            images=image,
+            scores=self.scores[row : row + 1, column],
+            target=f"influence of training image {train} on test image {int(self.test_indices[row])}",
+            per_channel=gradient,
+        )
 
     def together(self, groups: Sequence[Iterable[int]]) -> Tensor:
         """`[N_test, G]`: the influence of groups of training images, by their indices: to first order the sum.
@@ -143,7 +207,7 @@ class Influence(Result):
         kept = self._thumbnails() if pictures and self.train is not None else {}
         stacked = torch.stack(list(kept.values())) if kept else self.thumbnails
         names = tuple(kept) or self.thumbnail_of
-        bare = replace(self, train=None, test=None, thumbnails=stacked, thumbnail_of=names)
+        bare = replace(self, train=None, test=None, question=None, thumbnails=stacked, thumbnail_of=names)
         return super(Influence, bare).save(path)
 
     def _thumbnails(self) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Loss:
         if self.kind == "squared":
             return logits - _wanted(logits, labels)
         gradient: Tensor = vmap(grad(self._of_one))(logits, labels)
-        return gradient.detach()
+        return gradient
 
     def curvature(self, logits: Tensor, labels: Tensor) -> Tensor:
         """`[N, K, K]`, the second derivative with respect to the logits."""

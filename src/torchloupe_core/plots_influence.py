@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchloupe_core import mosaic, plots
-from torchloupe_core.influence import THUMBNAIL, Influence, Kind
+from torchloupe_core.influence import RELATIVE, THUMBNAIL, Influence, Kind
 
 __all__: list[str] = []
 
@@ -118,7 +118,8 @@ def _title(found: Influence, rows: int) -> list[str]:
 
 def _how(found: Influence) -> list[str]:
     layers = ", ".join(found.layers[:3]) + (f" and {len(found.layers) - 3} more" if len(found.layers) > 3 else "")
-    parts = [f"through {layers} ({found.parameters:,} parameters)"]
+    relative = [f"scores {RELATIVE}"] if found.units.endswith(RELATIVE) else []
+    parts = [f"through {layers} ({found.parameters:,} parameters)", *relative]
     checked = found.diagnostics.get("spot_check")
     if checked:
         parts.append(f"rank correlation with {len(checked['removed'])} refits {checked['spearman']:.2f}")

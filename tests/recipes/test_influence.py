@@ -321,7 +321,7 @@ def test_a_result_is_saved_and_read_back_with_its_pictures(tmp_path: Path) -> No
         before, after = getattr(found, one.name), getattr(again, one.name)
         if isinstance(before, Tensor):
             assert torch.equal(before, after), one.name
-        elif one.name not in ("train", "test", "thumbnail_of", "options", "versions"):
+        elif one.name not in ("train", "test", "question", "thumbnail_of", "options", "versions"):
             assert str(before) == str(after) or one.name == "thumbnails", one.name
     assert (
         again.train is None and again.diagnostics["spot_check"]["removed"] == found.diagnostics["spot_check"]["removed"]
@@ -358,3 +358,54 @@ def test_labels_are_numbers_where_there_is_one_output() -> None:
     ours = (module(images[:2]).detach()[:, 0] - torch.tensor([0.5, -0.25]))[:, None] * rows[:2]
     expected = ours @ torch.linalg.solve(hessian, (error[:, None] * rows).T) / 9
     torch.testing.assert_close(found.scores, expected, rtol=1e-4, atol=1e-8)
+
+
+# -- where in a training image ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "loss"), [(None, None), ("all", None), (["conv2"], None), (None, "own")])
+def test_where_is_the_scores_slope_by_the_pixels(layers: Any, loss: Any) -> None:
+    """Against the score of the training image with a pixel moved, everything else as it was."""
+
+    def own(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 5)
+    )
+    handle = tl.wrap(module.double(), input_size=(3, 7, 7))
+    layers = ["2"] if layers == ["conv2"] else layers
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(6, 3, 7, 7, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    options: Any = {"layers": layers, "method": "gradient_dot", "check": 0, "test_labels": [1, 3]}
+    options |= {"loss": own} if loss else {}
+    found = tl.influence(handle, TensorDataset(images, labels), images[:2], **options)
+    kept = Snapshot(handle.module)
+    slope = found.where(4, test=1)
+    assert kept.differences() == []
+    assert slope.values.shape == (1, 7, 7) and slope.per_channel is not None
+    torch.testing.assert_close(slope.values, slope.per_channel.sum(1))
+    torch.testing.assert_close(slope.scores, found.scores[1, 4:5])
+    for place in ((0, 2, 3), (2, 6, 0)):
+        ends = []
+        for step in (1e-4, -1e-4):
+            moved = images.clone()
+            moved[4][place] += step
+            ends.append(tl.influence(handle, TensorDataset(moved, labels), images[:2], **options).scores[1, 4])
+        assert slope.per_channel[0][place].item() == pytest.approx(
+            ((ends[0] - ends[1]) / 2e-4).item(), rel=1e-3, abs=1e-8
+        )
+    torch.testing.assert_close(found[1].where(4).values, slope.values)
+
+
+def test_where_refuses_what_has_no_gradient_to_ask(tmp_path: Path) -> None:
+    found = asked(n=6)
+    assert found.where(3).figure() is not None
+    with pytest.raises(BadInput, match="no training image 6"):
+        found.where(6)
+    again = tl.open(found.save(tmp_path / "found"))
+    for one in (asked(n=6, method="feature_cosine"), found.relative(), again):
+        with pytest.raises(NotApplicable, match=r"keeps nothing to ask about pixels: take 'cg'"):
+            one.where(3)

@@ -15,7 +15,7 @@ from torchloupe_core.memory import require
 from torchloupe_core.methods.problem import Answer, Problem
 from torchloupe_core.registry import method
 
-__all__ = ["Checkpoint", "Projection", "tracin", "trak"]
+__all__ = ["Checkpoint", "Projection", "rates_of", "tracin", "trak"]
 
 Checkpoint = Callable[[], Handle]  # opens the model as it was
 
@@ -39,11 +39,7 @@ def tracin(problem: Problem, *, checkpoints: Sequence[Checkpoint] = (), rates: S
     checkpoints: files, state dicts, modules. rates: of the epochs around each. Raises `BadInput` without checkpoints:
     the model as it is alone is method="gradient_dot".
     """
-    if not checkpoints:
-        raise BadInput("tracin goes along a training; give checkpoints=[...], or take method='gradient_dot'")
-    weights = [float(rates)] * len(checkpoints) if isinstance(rates, (int, float)) else [float(one) for one in rates]
-    if len(weights) != len(checkpoints) or not all(0 <= one < float("inf") for one in weights):
-        raise BadInput(f"rates are numbers of at least 0, one for each of {len(checkpoints)} checkpoints; got {rates}")
+    weights = rates_of(checkpoints, rates)
     scores: Any = 0.0
     for there, rate in zip(_along(problem, checkpoints), weights, strict=True):
         scores = scores + rate * there.dots(there.questions) / there.n
@@ -79,6 +75,16 @@ def trak(problem: Problem, *, dims: int | None = None, checkpoints: Sequence[Che
         kernel, doubt = _kernel(there, projection)
         kernels, doubts = kernels + kernel / models, doubts + doubt / models
     return Answer(kernels * doubts, PROJECTED, diagnostics={"dims": min(dims, problem.size), "models": models})
+
+
+def rates_of(checkpoints: Sequence[Checkpoint], rates: Sequence[float] | float) -> list[float]:
+    """The learning rate of each checkpoint. Raises `BadInput` without checkpoints."""
+    if not checkpoints:
+        raise BadInput("tracin goes along a training; give checkpoints=[...], or take method='gradient_dot'")
+    found = [float(rates)] * len(checkpoints) if isinstance(rates, (int, float)) else [float(one) for one in rates]
+    if len(found) != len(checkpoints) or not all(0 <= one < float("inf") for one in found):
+        raise BadInput(f"rates are numbers of at least 0, one for each of {len(checkpoints)} checkpoints; got {rates}")
+    return found
 
 
 class Projection:

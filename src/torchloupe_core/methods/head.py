@@ -127,6 +127,7 @@ class HeadProblem(Problem):
     train, tests: features `[n, D]`, `[T, D]`.
     """
 
+    handle: Handle
     head: Head
     train: Tensor
     tests: Tensor
@@ -263,9 +264,21 @@ class HeadProblem(Problem):
         found[open_] = torch.nan
         return found
 
+    def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        shape = (inputs.shape[1], inputs.shape[2], inputs.shape[3])
+        inputs = inputs.detach().requires_grad_(True)
+        with torch.enable_grad(), self.handle.watch(self.head.reads, shape=shape) as watch:
+            watch(inputs)
+            features = self.head.with_bias(Reading(self.handle, watch, None).embedding(self.head.reads))
+            errors = self.loss.gradient(self.head.logits(features), labels.to(features.device))
+            along = features @ vector.view_as(self.head.weights).T
+            (found,) = torch.autograd.grad((errors * along).sum(), inputs)
+        return found
+
     @property
-    def typical_gradient(self) -> float:
-        return float((self.errors.norm(dim=1) * self.train.norm(dim=1)).median().clamp(min=1e-30))
+    def gradient_norms(self) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(self.errors, dim=1) * torch.linalg.vector_norm(self.train, dim=1)
+        return norms
 
     def _slopes(self, parameters: Tensor, kept: Tensor) -> Tensor:
         """`[m, P]`: the gradient of the loss of the images kept `[m, n]`, over n, at other parameters."""

@@ -118,8 +118,8 @@ class NetworkProblem(Problem):
         return self._summed()[0]
 
     @property
-    def typical_gradient(self) -> float:
-        return float(self._summed()[1].median().clamp(min=1e-30))
+    def gradient_norms(self) -> Tensor:
+        return self._summed()[1]
 
     def times(self, vectors: Tensor) -> Tensor:
         if self.written is not None:
@@ -192,6 +192,23 @@ class NetworkProblem(Problem):
                 curved = self.loss.curved(moved[0].detach(), labels, moved[1])
                 found.append(gradients.packed(vjp(logits_of, tensors)[1](curved)[0]))
         return torch.stack(found).detach().to(self.precise)
+
+    def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        gradients, labels = self.model_gradients, labels.to(inputs.device)
+        tensors = {name: self.handle.module.get_parameter(name).detach() for name in gradients.names}
+        direction = gradients.unpacked(vector.to(self.handle.dtype))
+
+        def along(images: Tensor) -> Tensor:
+            def loss_of(parameters: dict[str, Tensor]) -> Tensor:
+                output = functional_call(self.handle.module, parameters, (images.clone(),))
+                return self.loss(self.handle.logits(output), labels).sum()
+
+            slope: Tensor = jvp(loss_of, (tensors,), (direction,))[1]
+            return slope
+
+        with sdpa_kernel(SDPBackend.MATH):
+            found: Tensor = grad(along)(inputs)
+        return found.detach()
 
     def _inner_questions(self) -> Tensor:
         """`[T, P]` of targets that read layers, one after another."""

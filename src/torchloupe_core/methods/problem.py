@@ -121,8 +121,13 @@ class Problem(ABC):
 
     @property
     @abstractmethod
+    def gradient_norms(self) -> Tensor:
+        """`[n]`: the norm of the gradient of each training image's loss."""
+
+    @property
     def typical_gradient(self) -> float:
-        """The norm of the gradient of a training image's loss, at the median."""
+        """That of a training image, at the median."""
+        return float(self.gradient_norms.median().clamp(min=1e-30))
 
     @cached_property
     def mean_gradient(self) -> Tensor:
@@ -131,6 +136,13 @@ class Problem(ABC):
         for _, block in self.gradients():
             total += block.sum(0)
         return total / self.n
+
+    @abstractmethod
+    def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        """`[N, C, H, W]`: how a vector `[P]` times the gradient of an image's loss changes with the image's pixels.
+
+        Asked while the model is borrowed.
+        """
 
     @cached_property
     def damping(self) -> float:

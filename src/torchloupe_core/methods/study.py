@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torchloupe_core.methods.spot_check import STATIONARY, spot_check
 from torchloupe_core.methods.training_images import TrainingImages
 from torchloupe_core.targets import Target
 
-__all__ = ["Asked", "Decay", "Study", "head_study", "network_study"]
+__all__ = ["Asked", "Decay", "Kept", "Study", "head_study", "network_study", "shape_of"]
 
 Decay = float | Mapping[str, float] | None
 Report = Callable[[int, int], None]
@@ -59,6 +59,30 @@ class Asked:
                 raise BadInput(f"weight_decay is at least 0; got {value}")
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise BadInput(f"damping is at least 0; got {self.damping}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A problem and the vectors `[T, P]` that its scores are products with: what pixels are asked with later."""
+
+    problem: Problem
+    vectors: Tensor
+    data: DataSet
+    handle: Handle
+
+    def only(self, row: int) -> Kept:
+        """That of one test image."""
+        return replace(self, vectors=self.vectors[row : row + 1])
+
+    def pixels(self, row: int, train: int, label: Tensor) -> tuple[Tensor, Tensor]:
+        """`[1, C, H, W]`: a score's gradient by a training image's pixels, and the image as it is shown."""
+        sample = self.data.read(train)
+        if sample.inputs is None:
+            raise BadInput(f"{self.data.name(train)} was read before and cannot be now: {sample.error}")
+        inputs = sample.inputs[None].to(self.handle.device, self.handle.dtype)
+        with self.handle.borrow():
+            found = self.problem.pixels(self.vectors[row], inputs, label[None]) / self.problem.n
+        return found.to("cpu", torch.float32), self.handle.spec.display(inputs)
 
 
 @dataclass
@@ -139,6 +163,7 @@ def head_study(
         given_damping=asked.damping,
         seed=asked.seed,
         report=lambda done, total: None,
+        handle=handle,
         head=head,
         train=rows.features,
         labels=labels.to(rows.features.device),
