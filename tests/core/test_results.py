@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -133,12 +134,12 @@ def test_an_unwritable_place_is_an_error_that_leaves_nothing(tmp_path: Path, mon
     assert blocked.read_text() == "mine"
     kept = attribution(seed=1).save(tmp_path / "kept")
 
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:10])
-        raise OSError(28, "No space left on device")
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(content[:10])
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", lambda self, mode: Full(self, mode))
     with pytest.raises(StoreError, match="No space left on device"):
         attribution(seed=2).save(kept)
     monkeypatch.undo()

@@ -386,7 +386,7 @@ def test_a_state_before_the_first_image_is_a_state(name: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        (lambda: Top(4), lambda: Top(5), r"Top\(k=4\) cannot take in what one with k=5"),
+        (lambda: Top(5), lambda: Top(4), r"Top\(k=5\) cannot take in what one with k=4"),
         (lambda: Top(4), lambda: Top(4, largest=False), "largest"),
         (lambda: Top(4), lambda: Top(4, per_image=2), "per_image"),
         (lambda: Sampled(4), lambda: Sampled(4, seed=1), "seed"),
