@@ -202,3 +202,9 @@ def test_the_reader_sees_every_kind_of_import() -> None:
         ("r", False, True),
         ("t", False, False),
     }
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """Or pytest, which imports them by name, refuses to run both."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
