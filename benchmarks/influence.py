@@ -1,0 +1,125 @@
+"""What influence costs, on one core: passes over the training set, seconds, memory, and against a plain loop.
+
+    python benchmarks/influence.py                 every row, about 15 minutes
+    python benchmarks/influence.py head gradients  the rows whose name begins so
+
+`head`: 10,000 scenes x 200 tests through the head of the embedded model. `gradients`: sample-wise gradients of its
+whole network against a backward pass for each image. `ekfac`: the whole network, 1,000 x 20. `cg`: 1,500 x 200 through
+a network of 14,000 parameters on scikit-learn's digits, with the memory it grew by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import torchloupe as tl
+from torchloupe_adapters.sklearn import digits
+from torchloupe_core.methods.pieces import chosen_parameters
+from torchloupe_core.methods.sample_gradients import SampleGradients
+
+IMAGES, ROUNDS = 32, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="beginnings of row names")
+    names = parser.parse_args().names
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one core\n")
+    for row in (head, gradients, ekfac, cg):
+        if not names or any(row.__name__.startswith(name) for name in names):
+            row()
+
+
+def head() -> None:
+    model, train, test = tl.load("demo"), tl.demo_scenes(10_000, 1), tl.demo_scenes(200, 2)
+    _ = train.images, test.images  # rendering is not what is measured
+    begun = time.process_time()
+    found = tl.influence(model, train, test, method="exact", check=0)
+    passes = (found.forwards - 200) / 10_000
+    print(f"head, exact, 10,000 x 200: {passes:.3f} passes (goal 2), {time.process_time() - begun:.1f} s")
+
+
+def gradients() -> None:
+    model = tl.load("demo")
+    inputs = model.inputs(tl.demo_scenes(IMAGES, 1).images)
+    labels = torch.arange(IMAGES) % 12
+    names = chosen_parameters(model, "all")
+    parameters = [model.module.get_parameter(name) for name in names]
+
+    def together() -> None:
+        with model.borrow():
+            errors = partial_errors(labels)
+            SampleGradients(model, names).rows(inputs, errors)
+
+    def looped() -> None:
+        for image, label in zip(inputs, labels, strict=True):
+            torch.autograd.grad(F.cross_entropy(model.module(image[None]), label[None]), parameters)
+
+    ours, theirs = _fastest(together), _fastest(looped)
+    print(f"gradients of {IMAGES} images: {theirs / ours:.1f} times as fast as a loop (goal 10)")
+
+
+def partial_errors(labels: Tensor) -> Any:
+    return lambda logits: (logits.softmax(1) - F.one_hot(labels, logits.shape[1]))[:, None]
+
+
+def ekfac() -> None:
+    model, train, test = tl.load("demo"), tl.demo_scenes(1_000, 1), tl.demo_scenes(20, 2)
+    _ = train.images, test.images
+    begun = time.process_time()
+    tl.influence(model, train, test, layers="all", method="ekfac", damping=1e-3, check=0)
+    print(f"ekfac, whole network, 1,000 x 20: {time.process_time() - begun:.1f} s")
+
+
+def cg() -> None:
+    images, labels = (torch.from_numpy(one) for one in digits())
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)),
+    )
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    for _ in range(200):
+        chosen = torch.randint(0, 1_500, (64,))
+        loss = F.cross_entropy(module(images[chosen, None]), labels[chosen])
+        for parameter, gradient in zip(
+            module.parameters(), torch.autograd.grad(loss, list(module.parameters())), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+    train, test = (TensorDataset(images[part, None], labels[part]) for part in (slice(1_500), slice(1_500, 1_700)))
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    found = tl.influence(
+        tl.wrap(module, input_size=(1, 8, 8)), train, test, layers="all", damping=0.01, tolerance=1e-3, check=0
+    )
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    facts = f"{found.diagnostics['iterations']} iterations, residual {found.diagnostics['residual']:.1e}"
+    print(
+        f"cg, {found.parameters:,} parameters, 1,500 x 200: "
+        f"{time.process_time() - begun:.0f} s, {grown:.1f} GiB, {facts}"
+    )
+
+
+def _fastest(work: Any) -> float:
+    """Seconds of the fastest of a few rounds."""
+    times = []
+    for _ in range(ROUNDS):
+        begun = time.process_time()
+        work()
+        times.append(time.process_time() - begun)
+    return min(times)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
