@@ -4,4 +4,6 @@ from __future__ import annotations
 
 import torch
 
+import torchloupe_adapters  # noqa: F401  (says where methods live, whichever tests run)
+
 torch.set_num_threads(1)
