@@ -4,8 +4,8 @@
     python benchmarks/influence.py head gradients  the rows whose name begins so
 
 `head`: 10,000 scenes x 200 tests through the head of the embedded model. `gradients`: sample-wise gradients of its
-whole network against a backward pass for each image. `ekfac`: the whole network, 1,000 x 20. `cg`: 1,500 x 200 through a
-network of 14,000 parameters on scikit-learn's digits, with the memory it grew by.
+whole network against a backward pass for each image. `ekfac`: the whole network, 1,000 x 20. `cg`: 1,500 x 200 through
+a network of 14,000 parameters on scikit-learn's digits, with the memory it grew by.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def cg() -> None:
     )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     facts = f"{found.diagnostics['iterations']} iterations, residual {found.diagnostics['residual']:.1e}"
-    print(
-        f"cg, {found.parameters:,} parameters, 1,500 x 200: {time.process_time() - begun:.0f} s, {grown:.1f} GiB, {facts}"
-    )
+    seconds = time.process_time() - begun
+    print(f"cg, {found.parameters:,} parameters, 1,500 x 200: {seconds:.0f} s, {grown:.1f} GiB, {facts}")
 
 
 def _fastest(work: Any) -> float:
