@@ -104,10 +104,8 @@ def cg() -> None:
     )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     facts = f"{found.diagnostics['iterations']} iterations, residual {found.diagnostics['residual']:.1e}"
-    print(
-        f"cg, {found.parameters:,} parameters, 1,500 x 200: "
-        f"{time.process_time() - begun:.0f} s, {grown:.1f} GiB, {facts}"
-    )
+    seconds = time.process_time() - begun
+    print(f"cg, {found.parameters:,} parameters, 1,500 x 200: {seconds:.0f} s, {grown:.1f} GiB, {facts}")
 
 
 def _fastest(work: Any) -> float:
