@@ -17,6 +17,7 @@ from torchloupe_core.tags import NEEDS
 
 @pytest.fixture(autouse=True)
 def kept_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    list(registry.methods())  # or what a test imports first would be forgotten with its tables
     for table in ("_registered", "_offered", "_aliases"):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
     registry._load_third_parties.cache_clear()
