@@ -18,6 +18,7 @@ from torchloupe_core.channels import select
 from torchloupe_core.errors import NotApplicable
 from torchloupe_core.examples import Examples
 from torchloupe_core.gallery import Gallery
+from torchloupe_core.handle import Handle
 from torchloupe_core.parametrizations import Pixel
 from torchloupe_core.preactivation import read_before_rectifier
 from torchloupe_core.targets import Target, TargetLike, as_target, channel, direction, interpolate, logit
@@ -76,7 +77,7 @@ def directions(
     found = examples(handle, dataset, wanted, k=k, crop="image", batch_size=batch_size, progress=progress)
     made = rendered(handle, wanted, steps=steps, seed=seed, batch_size=batch_size, progress=progress, **options)
     columns = ("optimised", *(f"example {place + 1}" for place in range(found.scores.shape[1])))
-    return _beside(made, found, tuple(names), columns, [0], {"directions": vectors.tolist()})
+    return _beside(handle, made, found, tuple(names), columns, [0], {"directions": vectors.tolist()})
 
 
 def spectrum(
@@ -110,7 +111,7 @@ def spectrum(
     made = rendered(handle, [each for one in wanted for each in (-one, one)], steps=steps, **shared, **options)
     columns = ("optimised negative", *found.bands, "optimised positive")
     names = tuple(str(as_target(one)) for one in units)
-    return _beside(made, found, names, columns, [0, len(columns) - 1], {"read": list(found.units)})
+    return _beside(handle, made, found, names, columns, [0, len(columns) - 1], {"read": list(found.units)})
 
 
 def class_prototype(
@@ -141,6 +142,7 @@ def class_prototype(
 
 
 def _beside(
+    handle: Handle,
     made: Visualization,
     found: Examples,
     rows: tuple[str, ...],
@@ -148,8 +150,9 @@ def _beside(
     optimised: Sequence[int],
     facts: dict[str, Any],
 ) -> Gallery:
-    """A gallery of examples, with optimised images at some of the columns."""
+    """A gallery of examples, with optimised images at some of the columns; of maps the largest value counts."""
     shape, per_row = (len(rows), len(columns)), len(optimised)
+    values_made = _largest(handle, made, [one for one in found.units for _ in optimised])
     images, values, indices = torch.ones(*shape, 3, *made.size), torch.empty(shape), torch.full(shape, -1)
     others = [column for column in range(len(columns)) if column not in optimised]
     values[:, others], indices[:, others] = found.scores, found.indices
@@ -158,9 +161,7 @@ def _beside(
             if crop is not None:
                 images[row, column] = _sized(crop, made.size)
     for place, column in enumerate(optimised):
-        images[:, column], values[:, column] = made.images[place::per_row], made.scores[place::per_row]
-    if per_row == 2:  # the first is made for the negative
-        values[:, optimised[0]] *= -1
+        images[:, column], values[:, column] = made.images[place::per_row], values_made[place::per_row]
     return Gallery(
         **_provenance(made),
         images=images,
@@ -170,6 +171,15 @@ def _beside(
         indices=indices,
         diagnostics={**facts, "skipped": found.skipped},
     )
+
+
+def _largest(handle: Handle, made: Visualization, units: Sequence[str]) -> Tensor:
+    """As `examples` scores images, `[n]`; NaN where the pictures show some of the model's channels only."""
+    channels = handle.input_shape[0]
+    if channels > 3:
+        return torch.full((len(made),), float("nan"))
+    inputs = handle.spec.normalised(made.images[:, :channels]).to(handle.device, handle.dtype)
+    return handle.score(inputs, units, reduce="max").float()
 
 
 def _sized(image: Tensor, size: tuple[int, int]) -> Tensor:
