@@ -32,6 +32,13 @@ _CAPTUM = (
     "var_grad",
 )
 
+_METRICS = {
+    "complexity": ("complexity", "sparsity"),
+    "faithfulness": ("average_drop", "average_increase", "deletion", "insertion", "road"),
+    "localised": ("average_precision", "energy_pointing", "iou", "pointing"),
+    "sanity": ("completeness_gap", "input_invariance", "randomisation", "randomisation_rise", "seed_stability"),
+}
+
 METHODS = {
     **{
         ("explain", name): _CAM
@@ -57,7 +64,13 @@ METHODS = {
         for name in ("arnoldi", "naive", "tracin", "tracin_fast")
     },
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
+    **{("compare", name): f"torchloupe_core.metrics.{home}" for home, names in _METRICS.items() for name in names},
+    **{
+        ("compare", f"captum.{name}"): "torchloupe_adapters.captum.metrics"
+        for name in ("infidelity", "max_sensitivity")
+    },
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
+    ("table", "pandas.frame"): "torchloupe_adapters.pandas",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",
     ("embed", "sklearn.tsne"): "torchloupe_adapters.sklearn",
     ("embed", "umap.umap"): "torchloupe_adapters.umap",

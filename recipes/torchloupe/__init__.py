@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
+    from torchloupe._compare import compare
     from torchloupe._descents import descents
     from torchloupe._embed import embed
     from torchloupe._examples import examples
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torchloupe_adapters.demo.scenes import demo_scenes
     from torchloupe_core import parametrizations, regularizers, transforms
     from torchloupe_core.activations import Activations
+    from torchloupe_core.comparison import Comparison
     from torchloupe_core.embedding import Embedding
     from torchloupe_core.evengrid import Grid
     from torchloupe_core.examples import Examples
@@ -76,6 +78,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "Attribution",
+    "Comparison",
     "Embedding",
     "Examples",
     "FeatureSet",
@@ -100,6 +103,7 @@ __all__ = [
     "channel",
     "checks",
     "class_prototype",
+    "compare",
     "demo_scenes",
     "descents",
     "direction",
@@ -142,6 +146,7 @@ _HOMES = {
     "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
     "Embedding": "torchloupe_core.embedding",
+    "Comparison": "torchloupe_core.comparison",
     "Examples": "torchloupe_core.examples",
     "FeatureSet": "torchloupe_core.features",
     "Filters": "torchloupe_core.filters",
@@ -167,6 +172,7 @@ _HOMES = {
     "descents": "torchloupe._descents",
     "directions": "torchloupe._interactions",
     "errors": "torchloupe.errors:",
+    "compare": "torchloupe._compare",
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
     "features": "torchloupe._features",

@@ -14,10 +14,10 @@ DISTRIBUTIONS = {  # where a backend's package is called otherwise
 }
 
 
-def versions(backend: str = "native") -> dict[str, str]:
-    """Of this package, of torch, and of the backend that did the work."""
+def versions(*backends: str) -> dict[str, str]:
+    """Of this package, of torch, and of the backends that did the work."""
     found = {}
-    for name in ["torchloupe", "torch"] + ([DISTRIBUTIONS.get(backend, backend)] if backend != "native" else []):
+    for name in ["torchloupe", "torch", *(DISTRIBUTIONS.get(one, one) for one in backends if one != "native")]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a backend need not be a distribution
             found[name] = importlib.metadata.version(name)
     return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from torchloupe_core.errors import BadInput
 
-__all__ = ["available", "require"]
+__all__ = ["available", "most_held", "require"]
 
 
 def available(device: torch.device) -> int | None:
@@ -30,6 +31,29 @@ def require(needed: float, what: str, device: torch.device, instead: str = "") -
         raise BadInput(
             f"{what} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}{way_out}"
         )
+
+
+def most_held(work: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes of tensors held at once that `work` made, None where the device does not tell.
+
+    On the CPU torch's profiler, which writes lines of its own to the standard error, adds up what is taken and given.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    held = most = 0
+    for event in sorted((one for one in events if one.name() == "[memory]"), key=lambda one: one.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def _machine() -> int | None:

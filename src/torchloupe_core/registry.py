@@ -36,6 +36,7 @@ class Method:
     needs: what the model must have, in the words of `tags.NEEDS`. cost: in forward and backward passes per image.
     random: whether the result depends on the seed. signed: whether negative values mean evidence against. again: for a
     method that keeps the model's outputs, the map that a result of its gets from other scores, `[N, n]`, of its run.
+    better: for a metric which end is the good one, "higher" or "lower".
     """
 
     verb: str
@@ -48,6 +49,7 @@ class Method:
     random: bool = False
     signed: bool = True
     again: Callable[..., Any] | None = None
+    better: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def method(
     random: bool = False,
     signed: bool = True,
     again: Callable[..., Any] | None = None,
+    better: str = "",
     backend: str | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a way to answer `verb`. A name that has an owner already raises.
@@ -89,7 +92,7 @@ def method(
 
     def register(function: F) -> F:
         worker = backend or (name.split(".")[0] if "." in name else "native")
-        entry = Method(verb, name, worker, function, needs, cost, paper, random, signed, again)
+        entry = Method(verb, name, worker, function, needs, cost, paper, random, signed, again, better)
         owner = _registered.get((verb, name))
         if owner is not None and owner.run.__module__ != function.__module__:
             raise BadInput(f"{verb} method {name!r} is registered by {owner.run.__module__} already")

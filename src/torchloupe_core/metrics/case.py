@@ -1,0 +1,98 @@
+"""One method's maps, as a metric sees them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchloupe_core.atoms import Output
+from torchloupe_core.errors import NotApplicable
+from torchloupe_core.handle import Handle
+from torchloupe_core.query import Query
+from torchloupe_core.registry import Method
+from torchloupe_core.targets import Target, prob
+
+__all__ = ["Again", "Case", "as_probability"]
+
+
+class Again(Protocol):
+    """The method asked once more, everything else as before: its maps `[n, H, W]`.
+
+    inputs: variants of some of the images, those at `images`, in order.
+    """
+
+    def __call__(
+        self, inputs: Tensor, images: list[int], *, handle: Handle | None = None, seed: int | None = None
+    ) -> Tensor: ...
+
+
+@dataclass
+class Case:
+    """A method's maps of a query's images, and what it takes to judge them. A metric is `f(case, *, options) -> [N]`.
+
+    query: the images; its targets are what is scored, probabilities where logits were explained. maps: `[N, H, W]`,
+    raw, at the images' resolution. attributed: `[N, C, H, W]`, the shares of input channels where the method gives them.
+    method: None for a baseline, which no model has a part in; again: the method once more; explained: the value that
+    was explained, `[n]`, of one variant of each image. masks: `[N, H, W]` bool,
+    where the truth is. shared: where metrics keep what they need for every method.
+
+    NaN in an answer says that the metric has nothing to say of that image.
+    """
+
+    query: Query
+    maps: Tensor
+    method: Method | None = None
+    attributed: Tensor | None = None
+    again: Again | None = None
+    explained: Callable[[Tensor], Tensor] | None = None
+    masks: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once for all methods of a comparison."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        found: Tensor = self.shared[key]
+        return found
+
+    def scores(self) -> Tensor:
+        """The value of each image's target, `[N]`."""
+        return self.once("scores", lambda: self.score_variants(self.query.inputs))
+
+    def score_variants(self, inputs: Tensor) -> Tensor:
+        """The targets' values for one variant of each image, `[N]`, in batches."""
+        return torch.cat(replace(self.query, inputs=inputs).each(lambda part: part.score(part.inputs))).float().cpu()
+
+    @functools.cached_property
+    def seen_through(self) -> Tensor:
+        """The targets' values for inputs times their map, scaled to [0, 1], `[N]`."""
+        flat = self.maps.flatten(1)
+        low, high = flat.amin(1)[:, None, None], flat.amax(1)[:, None, None]
+        shown = ((self.maps - low) / (high - low).where(high > low, 1.0))[:, None]
+        return self.score_variants(self.query.inputs * shown.to(self.query.inputs))
+
+    def truth(self) -> Tensor:
+        """The masks. Raises `NotApplicable` where there are none."""
+        if self.masks is None:
+            raise NotApplicable("this metric needs masks=, where the object is")
+        return self.masks
+
+
+def as_probability(target: Target) -> Target:
+    """The probability of a class in place of its logit; any other target as it is.
+
+    Insertion and deletion are published for probabilities, and a sum of logits has no scale of its own.
+    """
+    if len(target.terms) == 1:
+        weight, atom = target.terms[0]
+        if weight == 1 and isinstance(atom, Output) and atom.kind == "logit":
+            return prob(atom.label)
+    return target
