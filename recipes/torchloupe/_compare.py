@@ -98,7 +98,7 @@ def compare(
     with progress_bar("compare", "images", progress) as report:
         for number, start in enumerate(range(0, len(order), GROUP)):
             chosen = order[start : start + GROUP]
-            group = _Group(handle, data, ways, judges, seed, batch_size, memory and number == 0, skip_failures)
+            group = _Group(handle, data, ways, judges, seed, batch_size, not number, memory, skip_failures)
             some = None if asked is None else asked[start : start + GROUP]
             found.append(kept.group(number, partial(group.judged, chosen, some, truth)))
             report(min(start + GROUP, len(order)), len(order))
@@ -157,6 +157,7 @@ class _Group:
     judges: Sequence[_Way]
     seed: int
     batch_size: int | None
+    first: bool
     measures: bool
     skip_failures: bool
 
@@ -214,11 +215,11 @@ class _Group:
         for way in self.ways:
             again = _Again(way, handle, targets, self.seed, self.batch_size)
             try:
+                held = self._held(again, inputs[:1]) if self.first else 0.0  # which prepares what a method needs
                 found = again.explained(inputs, targets)
             except NotApplicable as refusal:
                 facts["refused"][way.name] = str(refusal)
                 continue
-            held = self._held(again, inputs[:1])
             costs.append([found.seconds, float(found.forwards), held])
             facts["layers"][way.name] = found.layer or ""
             cases[way.name] = Case(
@@ -230,7 +231,10 @@ class _Group:
         return cases, {"costs": torch.tensor(costs)}
 
     def _held(self, again: _Again, inputs: Tensor) -> float:
-        held = most_held(lambda: again(inputs, [0]), self.handle.device) if self.measures else None
+        if not self.measures:
+            again(inputs, [0])
+            return float("nan")
+        held = most_held(lambda: again(inputs, [0]), self.handle.device)
         return float("nan") if held is None else float(held)
 
     def _values(self, cases: Mapping[str, Case], facts: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchloupe_core.errors import BadInput
 from torchloupe_core.query import Query
 
-__all__ = ["Baseline", "blurred", "filling"]
+__all__ = ["RADIUS", "Baseline", "blurred", "filling"]
 
 Baseline = Tensor | float | str | None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,8 +87,9 @@ class Comparison(Result):
     def table(self, *, metrics: Sequence[str] | None = None) -> str:
         """The means with their intervals and ranks as text, a line for each method, the one of best mean rank first."""
         chosen = self._chosen(metrics)
-        head = ["method", *(f"{name} {'↑' if better == 'higher' else '↓'}" for name, better in chosen), *COSTS]
-        lines = [head, *([name, *cells, *self._costs(name)] for name, cells in self._cells(chosen))]
+        costs = COSTS if bool((~self.memory.isnan()).any()) else COSTS[:-1]
+        head = ["method", *(f"{name} {'↑' if better == 'higher' else '↓'}" for name, better in chosen), *costs]
+        lines = [head, *([name, *cells, *self._costs(name)[: len(costs)]] for name, cells in self._cells(chosen))]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         text = "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -236,7 +238,9 @@ def _cell(row: Row, rank: bool) -> str:
     if not row.images:
         return "-"
     place = "" if row.rank is None or not rank else f" ({row.rank})"
-    return f"{row.mean:.3f} ±{(row.high - row.low) / 2:.3f}{place}"
+    half = (row.high - row.low) / 2
+    digits = max(0, 2 - math.floor(math.log10(max(abs(row.mean), half)))) if max(abs(row.mean), half) > 0 else 0
+    return f"{row.mean:.{digits}f} ±{half:.{digits}f}{place}"
 
 
 def _tex(name: str) -> str:

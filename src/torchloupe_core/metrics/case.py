@@ -36,10 +36,10 @@ class Case:
     """A method's maps of a query's images, and what it takes to judge them. A metric is `f(case, *, options) -> [N]`.
 
     query: the images; its targets are what is scored, probabilities where logits were explained. maps: `[N, H, W]`,
-    raw, at the images' resolution. attributed: `[N, C, H, W]`, the shares of input channels where the method gives them.
-    method: None for a baseline, which no model has a part in; again: the method once more; explained: the value that
-    was explained, `[n]`, of one variant of each image. masks: `[N, H, W]` bool,
-    where the truth is. shared: where metrics keep what they need for every method.
+    raw, at the images' resolution. attributed: `[N, C, H, W]`, the shares of input channels where the method gives
+    them. method: None for a baseline, which no model has a part in; again: the method once more; explained: the value
+    that was explained, `[n]`, of one variant of each image. masks: `[N, H, W]` bool, where the truth is. shared: where
+    metrics keep what they need for every method.
 
     NaN in an answer says that the metric has nothing to say of that image.
     """

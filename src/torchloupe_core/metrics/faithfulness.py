@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchloupe_core.baselines import Baseline, filling
+from torchloupe_core.baselines import RADIUS, Baseline, blurred, filling
 from torchloupe_core.errors import BadInput
 from torchloupe_core.methods.masked import Masked
 from torchloupe_core.metrics.case import Case
@@ -69,9 +69,26 @@ def deletion(case: Case, *, step: int | None = None, baseline: Baseline = 0.0) -
 
 
 @method("compare", "insertion", better="higher", cost=STEPS, paper=PETSIUK)
-def insertion(case: Case, *, step: int | None = None, baseline: Baseline = "blur") -> Tensor:
-    """The area under the target's value as pixels come into the baseline, the image blurred, the highest first."""
-    return area(curve(case, step, baseline, removing=False))
+def insertion(case: Case, *, step: int | None = None, baseline: Baseline = None) -> Tensor:
+    """The area under the target's value as pixels come into the baseline, the highest first.
+
+    baseline: without it the image blurred, as published with sigma 5 at 224 pixels; where the model still sees the
+    target in that, blurred twice as far until it does not. As any baseline of perturbations otherwise.
+    """
+    place = case.once("blind", lambda: _blind(case)) if baseline is None else baseline
+    return area(curve(case, step, place, removing=False))
+
+
+def _blind(case: Case) -> Tensor:
+    """The images blurred until the target's value is at most half, on average; else their mean colours."""
+    inputs = case.query.inputs
+    sigma, own = RADIUS * min(inputs.shape[2:]), case.scores().mean()
+    while sigma < max(inputs.shape[2:]) / 6:  # beyond, the kernel is wider than the image
+        blurry = blurred(inputs, sigma if sigma > RADIUS * min(inputs.shape[2:]) else None)
+        if case.score_variants(blurry).mean() <= own / 2:
+            return blurry
+        sigma *= 2
+    return inputs.mean((2, 3), keepdim=True).expand_as(inputs)
 
 
 @method(
