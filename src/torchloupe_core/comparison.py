@@ -21,6 +21,7 @@ from torchloupe_core.results import Result, write_whole
 __all__ = ["Comparison", "Row", "bootstrapped"]
 
 RESAMPLES, LEVEL = 1000, 0.95
+EQUAL = 1e-5  # of a mean, between means that are one but for rounding
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class Comparison(Result):
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line for each method and metric; written to a file if a path is given. Raises `StoreError`."""
         held = io.StringIO()
-        writer = csv.DictWriter(held, [*self._records[0]] if self._records else ["method", "metric"])
+        writer = csv.DictWriter(
+            held, [*self._records[0]] if self._records else ["method", "metric"], lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(self._records)
         if path is not None:
@@ -140,6 +143,12 @@ class Comparison(Result):
         if path is not None:
             write_whole(Path(path), text.encode())
         return text
+
+    def html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+        """One page that fetches nothing: the table, the notes, the maps over the first images. Raises `StoreError`."""
+        from torchloupe_core.comparison_page import write_page
+
+        return write_page(self, Path(path), title)
 
     def mean_ranks(self, metrics: Sequence[str] | None = None) -> dict[str, float]:
         """Each method's mean rank over the metrics, the best first; without baselines and methods of no rank."""
@@ -185,7 +194,7 @@ class Comparison(Result):
         sign = 1 if self.better[metric] == "higher" else -1
         found = [(name, *bootstrapped(self.values[place, metric])) for place, name in enumerate(self.methods)]
         ordered = sorted(found, key=lambda one: (one[1] != one[1], -sign * one[1]))
-        ranked = [name for name, mean, *_ in ordered if name not in self.baselines and mean == mean]
+        ranked = {name: sign * mean for name, mean, *_ in ordered if name not in self.baselines and mean == mean}
         floors = {one[0]: one for one in found if one[0] in self.baselines and one[1] == one[1]}
         for name, mean, low, high, count in ordered:
             beaten = tuple(
@@ -193,7 +202,9 @@ class Comparison(Result):
                 for base, (_, _, b_low, b_high, _) in floors.items()
                 if (low > b_high if sign > 0 else high < b_low)
             )
-            rank = ranked.index(name) + 1 if name in ranked else None
+            rank = None
+            if name in ranked:  # methods that are one share a rank
+                rank = 1 + sum(other > ranked[name] + EQUAL * abs(ranked[name]) for other in ranked.values())
             yield Row(name, self.metrics[metric], self.better[metric], mean, low, high, count, rank, beaten)
 
     def _chosen(self, metrics: Sequence[str] | None) -> list[tuple[str, str]]:

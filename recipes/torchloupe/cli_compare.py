@@ -1,0 +1,99 @@
+"""The command `torchloupe compare`: methods side by side on a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from torchloupe.cli import FILE, _options, _print, _say, main
+from torchloupe.cli_looking import _opened
+from torchloupe.cli_options import of_a_model
+from torchloupe_core.errors import BadInput
+
+__all__ = ["compare"]
+
+
+@main.command(no_args_is_help=True)
+@click.argument("folder", type=FILE)
+@click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
+@click.option("--methods", multiple=True, metavar="M,M", help="Of torchloupe methods explain; four unless given.")
+@click.option("--metrics", multiple=True, metavar="M,M", help="Of torchloupe methods compare.")
+@click.option("--masks", type=FILE, help="Folder of pictures named like those in FOLDER, white where the object is.")
+@click.option("--target", help="As in logit:dog; each picture's predicted class unless given.")
+@click.option("--layer", help="Where methods that read a layer look; the last spatial one unless given.")
+@click.option("--option", "options", multiple=True, metavar="NAME.KEY=VALUE", callback=_options, help="Of one of them.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Inputs through the model at once.")
+@click.option("--memory", is_flag=True, help="Measure the most that is held for one picture.")
+@click.option("--store", type=FILE, help="Folder that keeps the numbers: stopped, the same command goes on.")
+@of_a_model
+def compare(
+    folder: Path,
+    model: str,
+    methods: tuple[str, ...],
+    metrics: tuple[str, ...],
+    masks: Path | None,
+    options: dict[str, Any],
+    out: Path,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Explains the pictures of FOLDER by several methods and judges the maps by several metrics.
+
+    Prints a table, and writes it into --out as comparison.csv, .tex, .npz, a page and drawings.
+
+    \b
+    Example:
+      torchloupe compare photos --model timm/resnet50 --methods grad_cam,rise --option rise.n_masks=500 --out study
+    """
+    import torchloupe as tl
+    from torchloupe_core import plots
+    from torchloupe_core.results import writable_folder, write_whole
+
+    writable_folder(out)
+    weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device", "seed")}
+    handle = _opened(model, **weights)
+    chosen: dict[str, Any] = {
+        name: _names(given) for name, given in (("methods", methods), ("metrics", metrics)) if given
+    }
+    found = tl.compare(
+        handle,
+        str(folder),
+        masks=None if masks is None else str(masks),
+        options=_by_name(options),
+        seed=weights["seed"],
+        **chosen,
+        **asked,
+    )
+    found.to_csv(out / "comparison.csv")
+    found.to_latex(out / "comparison.tex")
+    found.save(out / "comparison")
+    found.html(out / "comparison.html")
+    for kind in ("bars", "maps", "cost", "agreement"):
+        write_whole(out / f"{kind}.png", plots.png(found, kind=kind))
+    for name, why in found.skipped.items():
+        _say(why if name in why else f"{name}: {why}")
+    if as_json:
+        for row in found.rows:
+            _print(json.dumps({name: None if value != value else value for name, value in vars(row).items()}))
+    else:
+        _print(found.table().rstrip())
+        _print(click.format_filename(out / "comparison.html"))
+    raise click.exceptions.Exit(1 if found.skipped else 0)
+
+
+def _names(given: tuple[str, ...]) -> list[str]:
+    return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
+def _by_name(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{"rise": {"n_masks": 500}}` of `{"rise.n_masks": 500}`."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        name, dot, option = key.rpartition(".")
+        if not dot:
+            raise BadInput(f"--option {key} does not say whose it is, as in rise.{key}=...")
+        found.setdefault(name, {})[option] = value
+    return found

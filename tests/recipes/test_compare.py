@@ -1,0 +1,227 @@
+"""Methods side by side: what is said of them, kept of them, and left behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import torchloupe as tl
+from torchloupe_core.checks.snapshot import Snapshot
+from torchloupe_core.comparison import bootstrapped
+from torchloupe_core.errors import BadInput, NotApplicable, StoreError, UnknownName
+from torchloupe_core.metrics.floors import FLOORS
+from torchloupe_core.specimens import SPECIMENS
+
+METHODS = ["cam", "grad_cam", "guided_backprop", "integrated_gradients"]
+METRICS = ["insertion", "deletion", "pointing", "iou", "sparsity", "randomisation", "seed_stability"]
+OPTIONS: dict[str, Any] = {"integrated_gradients": {"steps": 8}, "insertion": {"step": 256}, "deletion": {"step": 256}}
+QUICK: dict[str, Any] = {"methods": ["cam", "saliency"], "metrics": ["sparsity"], "progress": False}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Any:
+    return tl.demo_scenes(24, seed=11)
+
+
+@pytest.fixture(scope="module")
+def found(scenes: Any) -> tl.Comparison:
+    return tl.compare(
+        "demo",
+        scenes.images,
+        methods=METHODS,
+        metrics=METRICS,
+        masks=scenes.masks[:, 0],
+        options=OPTIONS,
+        progress=False,
+    )
+
+
+def test_what_comes_back(found: tl.Comparison) -> None:
+    assert found.methods == ("cam", "grad_cam", "captum.guided_backprop", "captum.integrated_gradients", *FLOORS)
+    assert (
+        found.metrics == tuple(METRICS) and found.better[:2] == ("higher", "lower") and found.values.shape == (7, 7, 24)
+    )
+    assert found.layers[:2] == ("layer4", "layer4") and found.layers[2] == ""
+    assert found.maps.shape == (7, 6, 64, 64) and found.images.shape == (6, 3, 64, 64) and len(found.targets) == 24
+    assert found.cost_forwards[0] == 1 and found.cost_forwards[3] > 8 and (found.cost_seconds[:4] > 0).all()
+    assert found.memory.isnan().all() and found.refused == {} and len(found) == 7
+    randomised = found.values[0, METRICS.index("randomisation")]
+    assert randomised[:16].isfinite().all()  # of the first sixteen images of each group
+
+
+def test_values_are_those_of_the_metrics_alone(scenes: Any, found: tl.Comparison) -> None:
+    targets = [tl.target(text) for text in found.targets]
+    explained = tl.explain("demo", scenes.images, target=targets, method="integrated_gradients", steps=8).upsample()
+    inside = scenes.masks[:, 0].flatten(1)[torch.arange(24), explained.flatten(1).argmax(1)]
+    assert found.values[3, METRICS.index("pointing")].tolist() == inside.float().tolist()
+    assert found.row("captum.integrated_gradients", "pointing").mean == pytest.approx(inside.float().mean().item())
+
+
+def test_real_methods_beat_what_knows_nothing_of_the_model(found: tl.Comparison) -> None:
+    for metric in ("insertion", "deletion", "pointing", "iou"):
+        for name in ("cam", "captum.integrated_gradients"):
+            assert set(found.row(name, metric).beats) >= {"random", "centre"}, (name, metric)
+
+
+def test_two_names_of_one_map_are_said_to_be_one(found: tl.Comparison) -> None:
+    (note,) = [one for one in found.notes["cam"] if "same maps" in one]
+    assert note.startswith("the same maps as grad_cam up to scale; on a layer that is averaged")
+    for metric in METRICS:
+        assert found.row("cam", metric).rank == found.row("grad_cam", metric).rank
+    assert "grad_cam" not in found.notes and found.agreement[0, 0, 1] == pytest.approx(1)
+
+
+def test_a_method_that_looks_past_the_model_is_named(found: tl.Comparison) -> None:
+    (note,) = found.notes["captum.guided_backprop"]
+    assert note.startswith("hardly looks at the model")
+    assert (
+        found.row("cam", "randomisation").mean < 0.3 < 0.5 < found.row("captum.guided_backprop", "randomisation").mean
+    )
+    assert set(found.notes) == {"cam", "captum.guided_backprop"}
+
+
+def test_tables(found: tl.Comparison, tmp_path: Path) -> None:
+    text = found.table(metrics=["deletion", "pointing"])
+    lines = text.splitlines()
+    assert lines[0].split() == ["method", "deletion", "↓", "pointing", "↑", "ms/image", "forwards"]
+    assert [line.split()[0] for line in lines[5:8]] == list(FLOORS)
+    assert "captum.guided_backprop: hardly looks at the model" in text
+    records = list(csv.DictReader(io.StringIO(found.to_csv(tmp_path / "rows.csv"))))
+    assert (tmp_path / "rows.csv").read_text() == found.to_csv() and len(records) == 7 * 7
+    best = next(one for one in records if one["metric"] == "deletion")
+    assert best["rank"] == "1" and float(best["mean"]) == found.row(best["method"], "deletion").mean
+    latex = found.to_latex(metrics=["deletion"])
+    assert r"captum.guided\_backprop" in latex and r"\textbf{" in latex and latex.count(r"\midrule") == 2
+    with pytest.raises(BadInput, match="no metric 'delete'; there are insertion, deletion"):
+        found.table(metrics=["delete"])
+    with pytest.raises(BadInput, match="no 'lime' under 'iou'"):
+        found.row("lime", "iou")
+
+
+def test_intervals() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    mean, low, high, count = bootstrapped(torch.cat([values, torch.full((3,), torch.nan)]))
+    assert count == 400 and mean == pytest.approx(values.mean().item(), abs=1e-6)
+    half = 1.96 * values.std().item() / 20  # of a mean of 400
+    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(mean + half, abs=0.1 * half)
+    assert bootstrapped(torch.full((2,), torch.nan))[3] == 0
+
+
+def test_saved_and_drawn(found: tl.Comparison, tmp_path: Path) -> None:
+    again = tl.open(found.save(tmp_path / "found"))
+    assert isinstance(again, tl.Comparison) and again.table() == found.table()
+    for kind, panels in {"bars": 7 + 2, "maps": 6 * 8, "cost": 1, "agreement": 4}.items():
+        figure = again.figure(kind=kind)
+        assert len(figure.axes) == panels, kind
+    with pytest.raises(BadInput, match=r"kind is .bars."):
+        again.figure(kind="pie")
+    assert found._repr_png_()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("specimen", ["plain", "residual", "concat", "depthwise", "vit_registers"])
+def test_nothing_is_left_behind_on_any_model(specimen: str) -> None:
+    """Methods that are refused for a model are left out with the reason, and the others go on."""
+    handle, inputs = SPECIMENS[specimen]()
+    before = Snapshot(handle.module)
+    found = tl.compare(
+        handle,
+        inputs,
+        methods=["cam", "grad_cam", "saliency"],
+        metrics=["deletion", "randomisation", "input_invariance"],
+        options={"deletion": {"step": 512}},
+        progress=False,
+    )
+    assert before.differences() == []
+    refused = {"concat": ["cam"], "vit_registers": ["cam"]}.get(specimen, [])
+    assert list(found.refused) == refused and ("cam" in found.methods) == (not refused)
+    assert found.values[:-3].isfinite().all()
+
+
+def test_nothing_is_left_behind_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, inputs = SPECIMENS["plain"]()
+    before = Snapshot(handle.module)
+    with pytest.raises(BadInput, match="step is a number of pixels"):
+        tl.compare(handle, inputs, methods=["cam"], metrics=["deletion"], options={"deletion": {"step": 0}})
+    assert before.differences() == []
+
+
+def test_a_study_goes_on_where_it_stopped(scenes: Any, tmp_path: Path) -> None:
+    store, model = tmp_path / "study", tl.load("demo")
+    asked: dict[str, Any] = {"methods": ["cam", "saliency"], "metrics": ["sparsity", "complexity"], "progress": False}
+    images = scenes.images[:20]
+    whole = tl.compare(model, images, store=store, **asked)
+    (store / "000001.npz").write_bytes(b"torn")
+    forwards = model.forwards
+    again = tl.compare(model, images, store=store, **asked)
+    assert torch.equal(again.values, whole.values) and again.table(metrics=["sparsity"]).split()[0] == "method"
+    assert 0 < model.forwards - forwards <= 40  # the four images of the second group alone
+    forwards = model.forwards
+    assert torch.equal(tl.compare(model, images, store=store, **asked).values, whole.values)
+    assert model.forwards - forwards <= 8  # nothing but what identifies the model
+    with pytest.raises(StoreError, match=r"holds a comparison of something else: .*seed"):
+        tl.compare(model, images, store=store, seed=1, **asked)
+    with pytest.raises(StoreError, match="metrics"):
+        tl.compare(model, images, store=store, **{**asked, "metrics": ["sparsity"]})
+
+
+def test_a_folder_with_masks(scenes: Any, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for index in range(4):
+        Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy()).save(tmp_path / f"images/{index}.png")
+        Image.fromarray((scenes.masks[index, 0].numpy() * 255).astype("uint8")).save(tmp_path / f"masks/{index}.png")
+    asked: dict[str, Any] = {"methods": ["cam"], "metrics": ["iou", "pointing"], "progress": False}
+    found = tl.compare("demo", tmp_path / "images", masks=tmp_path / "masks", **asked)
+    given = tl.compare("demo", scenes.images[:4], masks=scenes.masks[:4, 0], **asked)
+    torch.testing.assert_close(found.values, given.values, atol=1e-4, rtol=0)
+    (tmp_path / "images/4.png").write_bytes(b"no picture")
+    with pytest.raises(BadInput, match="holds no picture named '4'"):
+        tl.compare("demo", tmp_path / "images", masks=tmp_path / "masks", **asked)
+    found = tl.compare("demo", tmp_path / "images", **{**asked, "metrics": ["sparsity"]})
+    assert found.values.shape[2] == 4 and list(found.skipped) == [str(tmp_path / "images/4.png")]
+    with pytest.raises(BadInput, match=r"4\.png"):
+        tl.compare("demo", tmp_path / "images", skip_failures=False, **{**asked, "metrics": ["sparsity"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"methods": []}, "methods is a list of names"),
+        ({"methods": "cam"}, "methods is a list of names"),
+        ({"options": {"lime": {"n_samples": 5}}}, "options are given for 'lime', which is not compared"),
+        ({"options": {"cam": {"width": 5}}}, "cam has no option 'width'"),
+        ({"masks": torch.zeros(2, 64, 64)}, r"masks are \[N, H, W\], one for each of the 3 images"),
+        ({"metrics": ["iou"]}, None),
+    ],
+)
+def test_bad_input_is_said(scenes: Any, changes: dict[str, Any], problem: str | None) -> None:
+    asked = {**QUICK, **changes}
+    if problem is None:  # a metric that says nothing of any method is listed, not an error
+        found = tl.compare("demo", scenes.images[:3], **asked)
+        assert "needs masks=" in found.refused["cam, iou"] and found.row("cam", "iou").images == 0
+        assert " - " in found.table()
+        return
+    with pytest.raises(BadInput, match=problem):
+        tl.compare("demo", scenes.images[:3], **asked)
+
+
+def test_unknown_names_and_models_that_refuse_everything() -> None:
+    handle, inputs = SPECIMENS["vit_registers"]()
+    with pytest.raises(UnknownName, match="deletion"):
+        tl.compare(handle, inputs, methods=["grad_cam"], metrics=["delete"])
+    with pytest.raises(UnknownName, match="grad_cam"):
+        tl.compare(handle, inputs, methods=["gradcam"], metrics=["deletion"])
+    with pytest.raises(NotApplicable, match="every method is refused: cam:"):
+        tl.compare(handle, inputs, methods=["cam"], metrics=["deletion"], progress=False)
+
+
+def test_memory_is_measured_if_asked(scenes: Any) -> None:
+    found = tl.compare("demo", scenes.images[:2], memory=True, **QUICK)
+    assert (found.memory[:2] > 1e5).all() and found.memory[2:].isnan().all()
+    assert "MiB" in found.table()
