@@ -24,7 +24,7 @@ MAY_IMPORT = {
 EVERYWHERE = {"torch", "numpy", "PIL"}
 # Each ecosystem and the one file that imports it; where a second file may, the reason.
 HOMES = {
-    "captum": {f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "influence", "lrp", "surrogate")},
+    "captum": {f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "influence", "lrp", "metrics", "surrogate")},
     "timm": {"torchloupe_adapters/timm.py"},
     "huggingface_hub": {"torchloupe_adapters/timm.py"},  # which fetches timm's weights
     "torchvision": {"torchloupe_adapters/torchvision.py"},
@@ -42,8 +42,10 @@ HOMES = {
     "pyarrow": {"torchloupe_adapters/lancedb.py"},  # its tables
     "ray": {"torchloupe_adapters/ray.py"},
     "jinja2": {"torchloupe_adapters/jinja2.py"},
+    "pandas": {"torchloupe_adapters/pandas.py"},
     "click": {
         "torchloupe/cli.py",
+        "torchloupe/cli_compare.py",
         "torchloupe/cli_embedding.py",
         "torchloupe/cli_influence.py",
         "torchloupe/cli_looking.py",
