@@ -23,8 +23,8 @@ from torch.utils.data import TensorDataset
 
 import torchloupe as tl
 from torchloupe_adapters.sklearn import digits
-from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence.pieces import chosen_parameters
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
 
 IMAGES, ROUNDS = 32, 5
 

@@ -21,10 +21,10 @@ from torchloupe_core.handle import Handle
 from torchloupe_core.influence import Influence
 from torchloupe_core.labels import Given
 from torchloupe_core.losses import LossLike, as_loss
-from torchloupe_core.methods.head import linear_head
-from torchloupe_core.methods.network import Curvature
-from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.study import Asked, Decay, Kept, head_study, network_study, shape_of
+from torchloupe_core.methods.influence.head import linear_head
+from torchloupe_core.methods.influence.network import Curvature
+from torchloupe_core.methods.influence.pieces import chosen_parameters
+from torchloupe_core.methods.influence.study import Asked, Decay, Kept, head_study, network_study, shape_of
 from torchloupe_core.targets import Target, TargetLike, as_target
 
 __all__ = ["influence"]

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import torchloupe as tl
 from torchloupe_adapters.sklearn import digits
-from torchloupe_core.methods.spot_check import ranks, spearman
+from torchloupe_core.methods.influence.spot_check import ranks, spearman
 
 SIZE = (1, 3, 4)
 DECAY = 0.01

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
-from torchloupe_core.methods.checkpoints import STEPS, Checkpoint, rates_of
-from torchloupe_core.methods.influence import CHANGE
-from torchloupe_core.methods.network import NetworkProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
-from torchloupe_core.methods.training_images import TrainingImages
+from torchloupe_core.methods.influence.checkpoints import STEPS, Checkpoint, rates_of
+from torchloupe_core.methods.influence.functions import CHANGE
+from torchloupe_core.methods.influence.network import NetworkProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Answer, Problem
+from torchloupe_core.methods.influence.training_images import TrainingImages
 from torchloupe_core.registry import method
 
 __all__ = ["arnoldi", "naive", "tracin", "tracin_fast"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from torchloupe_core.errors import BadInput
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.problem import Answer, Cotangents, Problem
-from torchloupe_core.methods.solvers import ROUNDING, singular
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.problem import Answer, Cotangents, Problem
+from torchloupe_core.methods.influence.solvers import ROUNDING, singular
 from torchloupe_core.registry import method
 
 __all__ = ["Fisher", "Kronecker", "ekfac", "fitted", "kfac"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchloupe_core.errors import BadInput, NotApplicable
-from torchloupe_core.methods.head import HeadProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
-from torchloupe_core.methods.solvers import factored
+from torchloupe_core.methods.influence.head import HeadProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Answer, Problem
+from torchloupe_core.methods.influence.solvers import factored
 from torchloupe_core.registry import method
 
 __all__ = ["feature_cosine", "minimum", "representer"]

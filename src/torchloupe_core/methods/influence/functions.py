@@ -15,10 +15,10 @@ from torch import Tensor
 
 from torchloupe_core.errors import BadInput
 from torchloupe_core.memory import require
-from torchloupe_core.methods.head import HeadProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
-from torchloupe_core.methods.removal import newton_removal
-from torchloupe_core.methods.solvers import (
+from torchloupe_core.methods.influence.head import HeadProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Answer, Problem
+from torchloupe_core.methods.influence.removal import newton_removal
+from torchloupe_core.methods.influence.solvers import (
     ROUNDING,
     Krylov,
     Solved,

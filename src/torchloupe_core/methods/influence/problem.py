@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchloupe_core.handle import Handle
 from torchloupe_core.losses import Loss
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.solvers import factored
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.solvers import factored
 
 __all__ = ["LARGEST_EXPLICIT", "Answer", "Cotangents", "Problem"]
 

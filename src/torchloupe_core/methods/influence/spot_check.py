@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchloupe_core.methods.head import HeadProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT
+from torchloupe_core.methods.influence.head import HeadProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT
 
 __all__ = ["ranks", "spearman", "spot_check"]
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
-from torchloupe_core.methods.pieces import Call, Piece, pieces_of
+from torchloupe_core.methods.influence.pieces import Call, Piece, pieces_of
 
 __all__ = ["SampleGradients"]
 

@@ -14,9 +14,9 @@ from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
 from torchloupe_core.memory import require
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.problem import Cotangents, Problem
-from torchloupe_core.methods.questions import Questions
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.problem import Cotangents, Problem
+from torchloupe_core.methods.influence.questions import Questions
 from torchloupe_core.scan import Scanned, scan
 from torchloupe_core.statistics import Features
 

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchloupe_core.errors import NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.memory import require
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Cotangents, Problem
-from torchloupe_core.methods.questions import Questions
-from torchloupe_core.methods.sample_gradients import SampleGradients
-from torchloupe_core.methods.training_images import Block, TrainingImages
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Cotangents, Problem
+from torchloupe_core.methods.influence.questions import Questions
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence.training_images import Block, TrainingImages
 
 __all__ = ["Curvature", "NetworkProblem"]
 

@@ -14,13 +14,13 @@ from torchloupe_core.errors import BadInput, UnknownName
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.labels import Given, labels_of, require_classes
 from torchloupe_core.losses import Loss
-from torchloupe_core.methods.head import Head, HeadProblem, Rows, linear_head, read_rows, require_linear
-from torchloupe_core.methods.network import Curvature, NetworkProblem
-from torchloupe_core.methods.problem import Answer, Problem
-from torchloupe_core.methods.questions import Questions
-from torchloupe_core.methods.sample_gradients import SampleGradients
-from torchloupe_core.methods.spot_check import STATIONARY, spot_check
-from torchloupe_core.methods.training_images import TrainingImages
+from torchloupe_core.methods.influence.head import Head, HeadProblem, Rows, linear_head, read_rows, require_linear
+from torchloupe_core.methods.influence.network import Curvature, NetworkProblem
+from torchloupe_core.methods.influence.problem import Answer, Problem
+from torchloupe_core.methods.influence.questions import Questions
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence.spot_check import STATIONARY, spot_check
+from torchloupe_core.methods.influence.training_images import TrainingImages
 from torchloupe_core.targets import Target
 
 __all__ = ["Asked", "Decay", "Kept", "Study", "head_study", "network_study", "shape_of"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.memory import require
-from torchloupe_core.methods.problem import Answer, Problem
+from torchloupe_core.methods.influence.problem import Answer, Problem
 from torchloupe_core.registry import method
 
 __all__ = ["Checkpoint", "Projection", "rates_of", "tracin", "trak"]
