@@ -113,11 +113,11 @@ def test_every_solver_gives_the_formula(softmax: Any, method: str, options: Any,
 
 
 def test_cg_is_the_same_without_the_hessian_written_down(softmax: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchloupe_core.methods import head, influence
+    from torchloupe_core.methods.influence import functions, head
 
     module, train, test = softmax
     whole = asked(module, train, test, tolerance=1e-10)
-    monkeypatch.setattr(influence, "LARGEST_EXPLICIT", 1)
+    monkeypatch.setattr(functions, "LARGEST_EXPLICIT", 1)
     monkeypatch.setattr(head, "CHUNK", 64)  # one image at a time
     parts = asked(module, train, test, tolerance=1e-10, check=0)
     torch.testing.assert_close(parts.scores, whole.scores)
