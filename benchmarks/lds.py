@@ -1,6 +1,6 @@
 """How well each method of influence foretells what trainings on half of the images come to.
 
-    python benchmarks/lds.py --out DIR                    every method, on one core about 30 minutes, the refits kept in DIR
+    python benchmarks/lds.py --out DIR                    every method; the refits are kept in DIR
     python benchmarks/lds.py --out DIR ekfac trak         the rows whose name begins so
 
 The linear datamodelling score (Park et al. 2023, TRAK, section 4): 60 random halves of 1,500 of scikit-learn's digits,
@@ -12,22 +12,15 @@ needs beside the model's own, and the processor time of the method over that of 
 
 from __future__ import annotations
 
-import argparse
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
-import torchloupe as tl
-from torchloupe_adapters.sklearn import digits
 from torchloupe_core.methods.influence.spot_check import spearman
 
 TRAIN, TESTS = 1_500, 200

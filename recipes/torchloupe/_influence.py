@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
@@ -24,12 +24,13 @@ from torchloupe_core.losses import LossLike, as_loss
 from torchloupe_core.methods.influence.head import linear_head
 from torchloupe_core.methods.influence.network import Curvature
 from torchloupe_core.methods.influence.pieces import chosen_parameters
-from torchloupe_core.methods.influence.study import Asked, Decay, Kept, head_study, network_study, shape_of
+from torchloupe_core.methods.influence.study import Asked, Decay, Kept, Study, head_study, network_study, shape_of
 from torchloupe_core.targets import Target, TargetLike, as_target
 
-__all__ = ["influence"]
+__all__ = ["influence", "studied", "targets_of", "tests_of"]
 
 LOSS = "positive: the image supported the prediction; removing it raises the test loss"
+Head = Literal["alone", "through the model"] | None
 TARGET = "positive: the image supported the target; removing it lowers the target"
 
 
@@ -92,19 +93,13 @@ def influence(
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
     names = chosen_parameters(handle, "all" if layers is None else layers)
-    train_data, test_data = open_data(train, handle.spec), _tests(test, handle)
-    asked = Asked(as_loss(loss), _targets(target), labels, test_labels, weight_decay, damping, seed)
-    reading: dict[str, Any] = {"workers": workers, "skip_failures": skip_failures}
+    train_data, test_data = open_data(train, handle.spec), tests_of(test, handle)
+    asked = Asked(as_loss(loss), targets_of(target), labels, test_labels, weight_decay, damping, seed)
+    head: Head = None if layers is not None else "alone" if entry.backend == "native" else "through the model"
+    how: dict[str, Any] = {"memory": memory, "curvature": curvature, "batch_size": batch_size}
+    how |= {"workers": workers, "skip_failures": skip_failures}
     with progress_bar("influence", "images", progress) as report, handle.borrow():
-        if layers is None and entry.backend == "native":
-            reading |= {"batch_size": batch_size}
-            study = head_study(handle, names, train_data, test_data, asked, report, **reading)
-        else:
-            if layers is None:  # other libraries go through the model
-                own = linear_head(handle, shape_of(handle, test_data)).name
-                names = tuple(name for name in names if name.startswith(f"{own}."))
-            reading |= {"room": memory * 2**30, "curvature": curvature}
-            study = network_study(handle, names, train_data, test_data, asked, report, **reading)
+        study = studied(handle, names, train_data, test_data, asked, report, head=head, **how)
         answer = entry.run(study.problem, **{**options, **_checkpoints(handle, options)})
         diagnostics = study.judged(answer, check)
     alone = len(answer.scores) != len(study.test_indices)  # each training image by itself
@@ -140,6 +135,32 @@ def influence(
     )
 
 
+def studied(
+    handle: Handle,
+    names: Sequence[str],
+    train: DataSet,
+    test: DataSet,
+    asked: Asked,
+    report: Callable[[int, int], None],
+    *,
+    head: Head,
+    memory: float = 2.0,
+    curvature: Curvature = "gauss_newton",
+    batch_size: int | None = None,
+    **reading: Any,
+) -> Study:
+    """The data read and the question set up, with the model borrowed. head: how its parameters alone are asked about;
+    other libraries go through the model. None: about all those named.
+    """
+    if head == "alone":
+        return head_study(handle, names, train, test, asked, report, batch_size=batch_size, **reading)
+    if head is not None:
+        own = linear_head(handle, shape_of(handle, test)).name
+        names = tuple(name for name in names if name.startswith(f"{own}."))
+    reading |= {"room": memory * 2**30, "curvature": curvature}
+    return network_study(handle, names, train, test, asked, report, **reading)
+
+
 def _checkpoints(handle: Handle, options: Mapping[str, Any]) -> dict[str, Any]:
     """The option of that name, as functions that open the model with other weights."""
     given = options.get("checkpoints")
@@ -161,13 +182,14 @@ def _named(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tests(test: Any, handle: Handle) -> DataSet:
+def tests_of(test: Any, handle: Handle) -> DataSet:
     """A data set of the test images, of which there may be one."""
     alone = isinstance(test, Image) or (getattr(test, "ndim", 0) == 3 and hasattr(test, "shape"))
     return open_data([test] if alone else test, handle.spec)
 
 
-def _targets(target: TargetLike | Sequence[TargetLike] | None) -> list[Target] | None:
+def targets_of(target: TargetLike | Sequence[TargetLike] | None) -> list[Target] | None:
+    """One target for all tests, or one for each; None for the loss."""
     if target is None:
         return None
     if isinstance(target, str) or not isinstance(target, Sequence):

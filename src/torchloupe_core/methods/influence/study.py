@@ -23,7 +23,7 @@ from torchloupe_core.methods.influence.spot_check import STATIONARY, spot_check
 from torchloupe_core.methods.influence.training_images import TrainingImages
 from torchloupe_core.targets import Target
 
-__all__ = ["Asked", "Decay", "Kept", "Study", "head_study", "network_study", "shape_of"]
+__all__ = ["Asked", "Decay", "Kept", "Study", "head_study", "logits_of", "network_study", "shape_of"]
 
 Decay = float | Mapping[str, float] | None
 Report = Callable[[int, int], None]
@@ -208,7 +208,7 @@ def network_study(
     options = {"room": room, "curvature": curvature, **reading}
     tests = TrainingImages(handle, test, keep=float("inf"), **reading)
     gradients = SampleGradients(handle, names)
-    logits = torch.cat([_logits(handle, block.inputs) for block in tests.blocks(SOME)])
+    logits = torch.cat([logits_of(handle, block.inputs) for block in tests.blocks(SOME)])
     first = next(iter(tests.blocks(SOME))).inputs
     gradients.verify(first, lambda found: found.softmax(1)[:, None])
     found = labels_of(test, tests.scanned, tests.indices, "test", asked.test_labels, handle.classes)
@@ -246,7 +246,8 @@ def network_study(
     )
 
 
-def _logits(handle: Handle, inputs: Tensor) -> Tensor:
+def logits_of(handle: Handle, inputs: Tensor) -> Tensor:
+    """`[N, K]` of a model that is borrowed."""
     with handle.watch(shape=(inputs.shape[1], inputs.shape[2], inputs.shape[3])) as watch:
         return handle.logits(watch(inputs))
 
