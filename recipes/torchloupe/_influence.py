@@ -102,6 +102,7 @@ def influence(
         study = studied(handle, names, train_data, test_data, asked, report, head=head, **how)
         answer = entry.run(study.problem, **{**options, **_checkpoints(handle, options)})
         diagnostics = study.judged(answer, check)
+        norms = study.problem.gradient_norms.cpu()  # which may take a pass
     alone = len(answer.scores) != len(study.test_indices)  # each training image by itself
     best = study.logits.softmax(1).max(1)
     return Influence(
@@ -124,7 +125,7 @@ def influence(
         confidences=best.values.float()[: 0 if alone else None],
         layers=study.layers,
         parameters=study.problem.size,
-        gradient_norms=study.problem.gradient_norms.cpu(),
+        gradient_norms=norms,
         diagnostics=diagnostics,
         classes=handle.classes,
         skipped=study.skipped,

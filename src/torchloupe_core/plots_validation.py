@@ -57,9 +57,9 @@ def _scatter(found: Validation, kind: str) -> Callable[[Any], None]:
             label = mosaic.short(name, 24)
             axes.scatter(x[some], y[some], s=5, alpha=0.45, linewidths=0, color=_colour(place), label=label)
         values = "  ".join(_figure(row[column]) for row in found.rows[: len(found.names)])
-        axes.set_title(f"{heading}\nrank correlation {values}", fontsize=7.5, loc="left")
-        axes.set_xlabel("foretold, in standard deviations of its test", fontsize=7)
-        axes.set_ylabel("change after training without", fontsize=7)
+        axes.set_title(f"{heading}\nranks agree {values}", fontsize=7.5, loc="left")
+        axes.set_xlabel("foretold, standardised for each test", fontsize=7)
+        axes.set_ylabel("change after training without, likewise", fontsize=7)
 
     return draw
 
@@ -100,9 +100,9 @@ def _removal(found: Validation, axes: Any) -> None:
 
 
 def _standard(values: Tensor) -> Tensor:
-    """All tests in one row, each with its own standard deviation as the unit."""
+    """All tests in one row, each less its mean and with its own standard deviation as the unit."""
     spread = values.std(1, keepdim=True)
-    return (values / spread.where(spread > 0, 1.0)).flatten()
+    return ((values - values.mean(1, keepdim=True)) / spread.where(spread > 0, 1.0)).flatten()
 
 
 def _colour(place: int) -> str:
