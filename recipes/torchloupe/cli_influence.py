@@ -152,7 +152,7 @@ def clean(
         text = " ".join(why.split())
         _say(text if name in text else f"{name}: {text}")
     for row in found.order(by)[:count].tolist():
-        facts = {
+        facts: dict[str, Any] = {
             "picture": found.name(row),
             "label": found.class_name(int(found.labels[row])),
             "seen": found.class_name(int(found.predictions[row])),

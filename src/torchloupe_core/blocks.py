@@ -25,7 +25,7 @@ from torchloupe_core.scan import Joint, Pass, Report, Scanned, computing
 from torchloupe_core.statistics import Statistic
 from torchloupe_core.store import Damaged, Store, packed
 
-__all__ = ["Done", "Work", "merged", "scanned", "state_of"]
+__all__ = ["Done", "Work", "merged", "scanned", "state_of", "threads"]
 
 Done = Callable[[int, bytes], None]
 
@@ -61,7 +61,7 @@ class Work:
             contextlib.closing(batches(self.data, max(1, size // 2), self.workers, positions())) as parts,
             self.handle.borrow(),
             computing(self.handle, self.autocast),
-            _threads(self.store.computing["threads"]),
+            threads(self.store.computing["threads"]),
         ):
             ahead = _Ahead(parts)
             while ahead.more():
@@ -153,7 +153,7 @@ def _shape(values: Sequence[int]) -> Shape:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Inside, torch computes in so many threads: sums that are split otherwise round otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -126,11 +126,13 @@ class HeadProblem(Problem):
     train, tests: features `[n, D]`, `[T, D]`.
     """
 
-    handle: Handle
     head: Head
     train: Tensor
     tests: Tensor
     asked: Questions
+
+    def within(self, part: slice) -> HeadProblem:
+        return replace(self, train=self.train[part], labels=self.labels[part])
 
     @property
     def n(self) -> int:
