@@ -25,6 +25,8 @@ EVERYWHERE = {"torch", "numpy", "PIL"}
 # Each ecosystem and the one file that imports it; where a second file may, the reason.
 HOMES = {
     "captum": {f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "influence", "lrp", "surrogate")},
+    "dattri": {"torchloupe_adapters/dattri.py"},
+    "kronfluence": {"torchloupe_adapters/kronfluence.py"},
     "timm": {"torchloupe_adapters/timm.py"},
     "huggingface_hub": {"torchloupe_adapters/timm.py"},  # which fetches timm's weights
     "torchvision": {"torchloupe_adapters/torchvision.py"},

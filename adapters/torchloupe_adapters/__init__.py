@@ -56,6 +56,11 @@ METHODS = {
         ("influence", f"captum.{name}"): "torchloupe_adapters.captum.influence"
         for name in ("arnoldi", "naive", "tracin", "tracin_fast")
     },
+    **{
+        ("influence", f"dattri.{name}"): "torchloupe_adapters.dattri"
+        for name in ("arnoldi", "cg", "datainf", "explicit", "tracin", "trak")
+    },
+    ("influence", "kronfluence.ekfac"): "torchloupe_adapters.kronfluence",
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",

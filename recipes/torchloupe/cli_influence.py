@@ -10,7 +10,7 @@ import click
 
 from torchloupe.cli import FILE, _options, _print, _say, main
 from torchloupe.cli_looking import _opened, _tell, _written
-from torchloupe.cli_options import of_a_model
+from torchloupe.cli_options import kept, of_a_model
 from torchloupe_core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ SCORES = ("loss", "margin", "self_influence", "neighbors")  # named here, for --
 @click.option("--relative", is_flag=True, help="Scores over the norm of the training picture's gradient.")
 @click.option("--batch-size", type=click.IntRange(1), help="Pictures through the model at once.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read pictures.")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True, help="GiB.")
+@kept
 @of_a_model
 def influence(
     train: Path,

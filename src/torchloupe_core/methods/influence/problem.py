@@ -69,6 +69,10 @@ class Problem(ABC):
     written: Tensor | None = field(default=None, init=False)  # the curvature, once it is
     lasting: Lasting | None = field(default=None, init=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As it is sent to another process: what it tells of its work, and where it is kept, stay here."""
+        return {**self.__dict__, "report": _untold, "elsewhere": _nowhere, "lasting": None}
+
     @abstractmethod
     def within(self, part: slice) -> Problem:
         """The same with some of the training images alone, kept nowhere."""
@@ -186,3 +190,11 @@ class Problem(ABC):
     def objective_gradient(self) -> Tensor:
         """`[P]`: of mean loss and weight decay, zero at the end of a training."""
         return self.mean_gradient + self.decay * self.parameters
+
+
+def _untold(done: int, total: int) -> None:
+    pass
+
+
+def _nowhere(handle: Handle) -> Problem:
+    raise TypeError("a problem that was sent to another process has no other weights")
