@@ -165,6 +165,11 @@ def _curved(
         made = getattr(_algorithm(), name)(task, device=_device(problem), **options)
         made.cache(_training(problem, batch or problem.n, kind))
         scores = made.attribute(_training(problem, problem.n, kind), _testing(problem, kind))
+    if not scores.isfinite().all():
+        raise BadInput(
+            f"dattri's {name} gives NaN or infinity: the curvature has fewer directions than it was asked for, or is "
+            "singular; ask for fewer, or give more damping"
+        )
     damping = problem.damping
     facts = {"damping": damping, "damping_chosen": problem.given_damping is None and damping > 0}
     return Answer(scores.T.detach().to(problem.parameters) / problem.n, CHANGE, diagnostics=facts)

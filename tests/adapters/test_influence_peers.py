@@ -80,14 +80,17 @@ def test_the_explicit_hessian_in_our_units(dattri: None, layers: Any, target: An
     assert found.backend == "dattri"
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), [("cg", {"max_iter": 16}), ("arnoldi", {"proj_dim": 16, "max_iter": 16})]
-)
+@pytest.mark.parametrize(("method", "options"), [("cg", {"max_iter": 16}), ("arnoldi", {"proj_dim": 9, "max_iter": 9})])
 def test_solvers_come_to_the_inverse(dattri: None, method: str, options: Any) -> None:
     native = asked("exact", layers=["fc"], damping=0.05)
     found = asked(f"dattri.{method}", layers=["fc"], damping=0.05, **options)
     assert torch.corrcoef(torch.stack([found.scores.flatten(), native.scores.flatten()]))[0, 1] > 0.99
     assert found.scores.norm() == pytest.approx(native.scores.norm().item(), rel=0.1)
+
+
+def test_more_directions_than_there_are_are_no_scores(dattri: None) -> None:
+    with pytest.raises(tl.errors.BadInput, match="gives NaN or infinity: the curvature has fewer directions"):
+        asked("dattri.arnoldi", layers=["fc"], damping=0.05, proj_dim=16, max_iter=16)
 
 
 def test_datainf_is_the_mean_of_inverses(dattri: None) -> None:
