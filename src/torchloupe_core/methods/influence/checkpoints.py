@@ -24,6 +24,7 @@ STEPS = "the sum over checkpoints of the rate times the change that a step witho
 PROJECTED = (
     "proportional to the change when the training image is removed, as a linear model of projected gradients has it"
 )
+FEW = 16  # dimensions of a projection, unless there are hardly any images
 RIDGE = 1e-6  # of the mean diagonal, so that a kernel of few images can be inverted
 
 
@@ -57,7 +58,7 @@ def tracin(problem: Problem, *, checkpoints: Sequence[Checkpoint] = (), rates: S
 def trak(problem: Problem, *, dims: int | None = None, checkpoints: Sequence[Checkpoint] = ()) -> Answer:
     """A linear model on random projections of the gradients of log(p / (1 - p)), p the probability of the label.
 
-    dims: of the projection, a quarter of the training images unless given, at most 2,048. checkpoints: of other
+    dims: of the projection, one for 16 training images unless given, at most 2,048; many more fit noise. checkpoints: of other
     trainings, or other epochs; kernels and errors are averaged over them, as in the paper (section 3.2, step 5). The
     model itself counts only without checkpoints. For the cross-entropy alone.
     """
@@ -65,7 +66,7 @@ def trak(problem: Problem, *, dims: int | None = None, checkpoints: Sequence[Che
         raise NotApplicable(
             f"trak is made for the cross-entropy; the loss is {problem.loss.name}; take 'cg' or 'ekfac'"
         )
-    dims = max(1, min(2048, problem.n // 4)) if dims is None else dims
+    dims = max(1, min(FEW, problem.n // 4), min(2048, problem.n // 16)) if dims is None else dims
     if dims < 1:
         raise BadInput(f"dims is at least 1; got {dims}")
     kernels: Any = 0.0
