@@ -58,9 +58,9 @@ def tracin(problem: Problem, *, checkpoints: Sequence[Checkpoint] = (), rates: S
 def trak(problem: Problem, *, dims: int | None = None, checkpoints: Sequence[Checkpoint] = ()) -> Answer:
     """A linear model on random projections of the gradients of log(p / (1 - p)), p the probability of the label.
 
-    dims: of the projection, one for 16 training images unless given, at most 2,048; many more fit noise. checkpoints: of other
-    trainings, or other epochs; kernels and errors are averaged over them, as in the paper (section 3.2, step 5). The
-    model itself counts only without checkpoints. For the cross-entropy alone.
+    dims: of the projection, one for 16 training images unless given, at most 2,048; many more fit noise. checkpoints:
+    of other trainings, or other epochs; kernels and errors are averaged over them, as in the paper (section 3.2, step
+    5). The model itself counts only without checkpoints. For the cross-entropy alone.
     """
     if problem.loss.kind != "cross_entropy":
         raise NotApplicable(
