@@ -18,7 +18,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from torchloupe_core.blocks import Done, threads
+from torchloupe_core.blocks import Done
+from torchloupe_core.borrow import kept_threads
 from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, StoreError
 from torchloupe_core.filling import Filling, block_size_for, opened_store
@@ -146,7 +147,7 @@ class _PartWork(Generic[P]):
         self, blocks: Iterable[int], done: Done, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
         """Does parts one after the other and hands each over as the bytes that are stored."""
-        with self.handle.borrow(), threads(self.store.computing["threads"]):
+        with self.handle.borrow(), kept_threads(self.store.computing["threads"]):
             for block in blocks:
                 positions = self.store.positions(block)
                 arrays = self.of(self.problem, slice(positions.start, positions.stop))
