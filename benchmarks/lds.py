@@ -176,7 +176,7 @@ def rows(models: Models) -> Iterator[Row]:
     yield Row("gradient_dot", {**whole, "method": "gradient_dot"})
     yield Row("arnoldi", {**whole, "method": "arnoldi", "damping": 1e-4})
     yield Row("cg", {**whole, "method": "cg", "damping": 1e-2, "tolerance": 1e-2})
-    yield Row("lissa", {**whole, "method": "lissa", "damping": 1e-1, "tolerance": 0.1, "depth": 200})
+    yield Row("lissa", {**whole, "method": "lissa", "damping": 1e-1, "tolerance": 0.1, "depth": 40})
     yield Row("head: exact", {"method": "exact"})
     yield Row("head: exact, by a step of Newton's", {"method": "exact", "removal": "newton"})
     yield Row("head: feature_cosine", {"method": "feature_cosine"})

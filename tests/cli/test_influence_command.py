@@ -128,3 +128,16 @@ def test_clean_in_json_and_of_no_folder(run: Run, training: Path, tmp_path: Path
     picture = next(training.rglob("*.png"))
     done = run("clean", picture, "--out", tmp_path / "b")
     assert done.exit_code == 2 and "is no folder" in done.stderr
+
+
+def test_a_store_is_gone_on_with_and_another_question_refused(
+    run: Run, training: Path, tests: list[Path], tmp_path: Path
+) -> None:
+    asked = ["--train", training, "--test", tests[0], "--layers", "layer4.conv2", "--method", "gradient_dot"]
+    for out in ("a", "b"):
+        done = run("influence", *asked, "--store", tmp_path / "kept", "--out", tmp_path / out)
+        assert done.exit_code == 0
+    assert tl.open(tmp_path / "a" / "influence.npz").scores.equal(tl.open(tmp_path / "b" / "influence.npz").scores)  # type: ignore[attr-defined]
+    assert list((tmp_path / "kept" / "products" / "blocks").glob("*.npz"))
+    done = run("influence", *asked, "--target", "logit:0", "--store", tmp_path / "kept", "--out", tmp_path / "c")
+    assert done.exit_code == 2 and "made by another question" in done.stderr and "targets" in done.stderr

@@ -19,7 +19,7 @@ from torchloupe_core.methods.influence import kfac, lasting, study
 from torchloupe_core.specimens import SPECIMENS
 from torchloupe_core.store import Store
 
-N, T = 40, 5
+N, T = 43, 5
 LAYERS = ["fc", "conv1"]
 
 
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_before_any_image_is_read(data: Any, monkey
     handle, train, test = data
     monkeypatch.setattr(memory, "available", lambda device: 2**20)
     monkeypatch.setattr(TensorDataset, "__getitem__", None)
-    with pytest.raises(BadInput, match=r"the influence of 40 images on 5 tests through .* parameters takes .* GiB"):
+    with pytest.raises(BadInput, match=r"the influence of 43 images on 5 tests through .* parameters takes .* GiB"):
         tl.influence(handle, train, test, layers="all", method="ekfac")
 
 
