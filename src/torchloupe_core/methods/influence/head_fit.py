@@ -11,12 +11,12 @@ from torch import Tensor
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.methods.influence.head import HeadProblem
 from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT
-from torchloupe_core.methods.influence.solvers import factored
+from torchloupe_core.methods.influence.solvers import conjugate_gradients
 
 __all__ = ["minimum", "refitted"]
 
-STEPS = 60  # with one factor for all fits
-NEWTON_STEPS, HALVINGS = 60, 30
+STEPS = 30  # with one factor for all fits
+NEWTON_STEPS, INNER, HALVINGS = 100, 1_000, 30
 CLOSE = 1e-9  # of a typical gradient: the slope at a minimum
 
 
@@ -92,26 +92,31 @@ class _Objective:
         moved = self.decay * here + self.damping * (here - self.anchor)
         return self.share * problem.mean_gradient + moved - self.pull
 
-    def step(self, problem: HeadProblem, slope: Tensor) -> Tensor:
-        """Newton's."""
-        hessian = self.share * problem.matrix()
-        hessian.diagonal().add_(self.decay + self.damping + 1e-12)
-        return torch.cholesky_solve(slope[:, None], factored(hessian))[:, 0]
+    def step(self, problem: HeadProblem, slope: Tensor, tolerance: float) -> Tensor:
+        """Newton's, to a relative residual."""
+
+        def curved(vectors: Tensor) -> Tensor:
+            return self.share * problem.times(vectors) + (self.decay + self.damping + 1e-12) * vectors
+
+        solved = conjugate_gradients(curved, slope[None], tolerance=tolerance, iterations=INNER)
+        return solved.vectors[0]
 
 
 def _minimised(problem: HeadProblem, objective: _Objective) -> HeadProblem | None:
-    """The problem at the objective's minimum by Newton's method with halved steps, None where that is not reached."""
+    """The problem at the objective's minimum, by Newton's method and conjugate gradients; None if out of reach."""
+    first = objective.slope(problem).norm()
     for _ in range(NEWTON_STEPS):
         slope = objective.slope(problem)
         if slope.norm() <= objective.small:
             return problem
-        problem = _stepped(problem, objective, slope)
+        closer = (slope.norm() / first).item()  # the nearer, the more exact a step: fewer products in all
+        problem = _stepped(problem, objective, slope, objective.step(problem, slope, min(0.1, closer)))
     return None
 
 
-def _stepped(problem: HeadProblem, objective: _Objective, slope: Tensor) -> HeadProblem:
-    """The problem after the longest of Newton's step, half of it, ... that lowers the objective enough."""
-    step, now, share = objective.step(problem, slope), objective.value(problem), 1.0
+def _stepped(problem: HeadProblem, objective: _Objective, slope: Tensor, step: Tensor) -> HeadProblem:
+    """The problem after the longest of the step, half of it, ... that lowers the objective enough."""
+    now, share = objective.value(problem), 1.0
     gain = slope @ step
     for _ in range(HALVINGS):
         moved = replace(problem.head, weights=problem.head.weights - share * step.view_as(problem.head.weights))
