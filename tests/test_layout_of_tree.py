@@ -24,7 +24,11 @@ MAY_IMPORT = {
 EVERYWHERE = {"torch", "numpy", "PIL"}
 # Each ecosystem and the one file that imports it; where a second file may, the reason.
 HOMES = {
-    "captum": {f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "influence", "lrp", "metrics", "surrogate")},
+    "captum": {
+        f"torchloupe_adapters/captum/{name}.py" for name in ("asked", "influence", "lrp", "metrics", "surrogate")
+    },
+    "dattri": {"torchloupe_adapters/dattri.py"},
+    "kronfluence": {"torchloupe_adapters/kronfluence.py"},
     "timm": {"torchloupe_adapters/timm.py"},
     "huggingface_hub": {"torchloupe_adapters/timm.py"},  # which fetches timm's weights
     "torchvision": {"torchloupe_adapters/torchvision.py"},

@@ -13,8 +13,8 @@ __all__ = ["METHODS", "SHORT_NAMES"]
 _ATTENTION = "torchloupe_core.methods.attention"
 _CAM = "torchloupe_core.methods.cam"
 _CAM_MASKS = "torchloupe_core.methods.cam_masks"
-_INFLUENCE = "torchloupe_core.methods.influence"
-_LAST_LAYER = "torchloupe_core.methods.last_layer"
+_INFLUENCE = "torchloupe_core.methods.influence.functions"
+_LAST_LAYER = "torchloupe_core.methods.influence.last_layer"
 _CAPTUM = (
     "deconvolution",
     "deep_lift",
@@ -57,12 +57,17 @@ METHODS = {
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
     **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
-    **{("influence", name): "torchloupe_core.methods.kfac" for name in ("ekfac", "kfac")},
-    **{("influence", name): "torchloupe_core.methods.checkpoints" for name in ("tracin", "trak")},
+    **{("influence", name): "torchloupe_core.methods.influence.kfac" for name in ("ekfac", "kfac")},
+    **{("influence", name): "torchloupe_core.methods.influence.checkpoints" for name in ("tracin", "trak")},
     **{
         ("influence", f"captum.{name}"): "torchloupe_adapters.captum.influence"
         for name in ("arnoldi", "naive", "tracin", "tracin_fast")
     },
+    **{
+        ("influence", f"dattri.{name}"): "torchloupe_adapters.dattri"
+        for name in ("arnoldi", "cg", "datainf", "explicit", "tracin", "trak")
+    },
+    ("influence", "kronfluence.ekfac"): "torchloupe_adapters.kronfluence",
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     **{("compare", name): f"torchloupe_core.metrics.{home}" for home, names in _METRICS.items() for name in names},
     **{

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
+    from torchloupe._clean import clean
     from torchloupe._compare import compare
     from torchloupe._descents import descents
     from torchloupe._embed import embed
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torchloupe._receptive import receptive_field
     from torchloupe._scan import scan
     from torchloupe._tables import methods
+    from torchloupe._validate_influence import validate_influence
     from torchloupe._visualize import visualize
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from torchloupe_core.results import open_result as open
     from torchloupe_core.scans import Scan
     from torchloupe_core.spec import Spec
+    from torchloupe_core.suspects import Suspects
     from torchloupe_core.targets import (
         Target,
         box_score,
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
         similarity,
     )
     from torchloupe_core.targets import parse as target
+    from torchloupe_core.validation import Validation
     from torchloupe_core.visualization import Visualization
 
 __version__ = "0.1.0"
@@ -94,7 +98,9 @@ __all__ = [
     "ReceptiveField",
     "Scan",
     "Spec",
+    "Suspects",
     "Target",
+    "Validation",
     "Visualization",
     "accentuate",
     "activations",
@@ -103,6 +109,7 @@ __all__ = [
     "channel",
     "checks",
     "class_prototype",
+    "clean",
     "compare",
     "demo_scenes",
     "descents",
@@ -136,6 +143,7 @@ __all__ = [
     "spectrum",
     "target",
     "transforms",
+    "validate_influence",
     "visualize",
     "weights",
     "wrap",
@@ -161,12 +169,15 @@ _HOMES = {
     "ReceptiveField": "torchloupe_core.receptive",
     "Scan": "torchloupe_core.scans",
     "Spec": "torchloupe_core.spec",
+    "Suspects": "torchloupe_core.suspects",
+    "Validation": "torchloupe_core.validation",
     "Visualization": "torchloupe_core.visualization",
     "accentuate": "torchloupe._accentuate",
     "activations": "torchloupe._activations",
     "caricature": "torchloupe._accentuate",
     "checks": "torchloupe.checks:",
     "class_prototype": "torchloupe._interactions",
+    "clean": "torchloupe._clean",
     "demo_scenes": "torchloupe_adapters.demo.scenes",
     "embed": "torchloupe._embed",
     "descents": "torchloupe._descents",
@@ -190,6 +201,7 @@ _HOMES = {
     "spectrum": "torchloupe._interactions",
     "target": f"{_TARGETS}:parse",
     "transforms": "torchloupe_core.transforms:",
+    "validate_influence": "torchloupe._validate_influence",
     "visualize": "torchloupe._visualize",
     "weights": "torchloupe._weights",
     "wrap": "torchloupe._models",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
@@ -21,15 +24,17 @@ from torchloupe_core.handle import Handle
 from torchloupe_core.influence import Influence
 from torchloupe_core.labels import Given
 from torchloupe_core.losses import LossLike, as_loss
-from torchloupe_core.methods.head import linear_head
-from torchloupe_core.methods.network import Curvature
-from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.study import Asked, Decay, Kept, head_study, network_study, shape_of
+from torchloupe_core.methods.influence.head import linear_head
+from torchloupe_core.methods.influence.lasting import Lasting, made_by, require_kept
+from torchloupe_core.methods.influence.network import Curvature
+from torchloupe_core.methods.influence.pieces import chosen_parameters
+from torchloupe_core.methods.influence.study import Asked, Decay, Kept, Study, head_study, network_study, shape_of
 from torchloupe_core.targets import Target, TargetLike, as_target
 
-__all__ = ["influence"]
+__all__ = ["influence", "studied", "targets_of", "tests_of"]
 
 LOSS = "positive: the image supported the prediction; removing it raises the test loss"
+Head = Literal["alone", "through the model"] | None
 TARGET = "positive: the image supported the target; removing it lowers the target"
 
 
@@ -55,6 +60,9 @@ def influence(
     dtype: torch.dtype | None = None,
     skip_failures: bool = True,
     memory: float = 2.0,
+    store: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    resume: bool = True,
     progress: bool | None = None,
     **options: Any,
 ) -> Influence:
@@ -78,6 +86,11 @@ def influence(
     its factors by n. check: so many training images are really removed, the head fitted again, and the correlation
     reported (0: none). The model answers in eval mode.
 
+    store: a folder that keeps what parts of the training images came to, so that a run that was killed goes on and the
+    ranks of one under `torchrun` share the work; the head keeps its pass there, other layers their gradients. A store
+    of anything else is refused with what differs, among it a training set in another order. engine="ray" spreads the
+    parts; resume=False refuses a store that holds any. What does not fit in memory is refused before it starts.
+
     Raises `BadInput` where training labels are missing or no class of the model, `NotApplicable` where the Hessian is
     indefinite or singular, or the model ends in no linear layer.
     """
@@ -92,21 +105,23 @@ def influence(
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
     names = chosen_parameters(handle, "all" if layers is None else layers)
-    train_data, test_data = open_data(train, handle.spec), _tests(test, handle)
-    asked = Asked(as_loss(loss), _targets(target), labels, test_labels, weight_decay, damping, seed)
-    reading: dict[str, Any] = {"workers": workers, "skip_failures": skip_failures}
+    train_data, test_data = open_data(train, handle.spec), tests_of(test, handle)
+    asked = Asked(as_loss(loss), targets_of(target), labels, test_labels, weight_decay, damping, seed)
+    head: Head = None if layers is not None else "alone" if entry.backend == "native" else "through the model"
+    how: dict[str, Any] = {"memory": memory, "curvature": curvature, "batch_size": batch_size}
+    how |= {"workers": workers, "skip_failures": skip_failures}
+    lasting = None
+    if store is not None or engine is not None:
+        lasting = _kept(entry, head, store, engine, resume)
+        question: dict[str, Any] = {"method": entry.name, "options": {**options, **_named(options)}, **asked.facts}
+        question |= {"parameters": names, "curvature": curvature, "memory": memory}
+        checkpoints = [one() for one in opened_checkpoints(handle, options).get("checkpoints", ())]
+        lasting = replace(lasting, made_by=made_by(handle, train_data, test_data, question, checkpoints))
     with progress_bar("influence", "images", progress) as report, handle.borrow():
-        if layers is None and entry.backend == "native":
-            reading |= {"batch_size": batch_size}
-            study = head_study(handle, names, train_data, test_data, asked, report, **reading)
-        else:
-            if layers is None:  # other libraries go through the model
-                own = linear_head(handle, shape_of(handle, test_data)).name
-                names = tuple(name for name in names if name.startswith(f"{own}."))
-            reading |= {"room": memory * 2**30, "curvature": curvature}
-            study = network_study(handle, names, train_data, test_data, asked, report, **reading)
-        answer = entry.run(study.problem, **{**options, **_checkpoints(handle, options)})
+        study = studied(handle, names, train_data, test_data, asked, report, head=head, lasting=lasting, **how)
+        answer = entry.run(study.problem, **{**options, **opened_checkpoints(handle, options)})
         diagnostics = study.judged(answer, check)
+        norms = study.problem.gradient_norms.cpu()  # which may take a pass
     alone = len(answer.scores) != len(study.test_indices)  # each training image by itself
     best = study.logits.softmax(1).max(1)
     return Influence(
@@ -129,7 +144,7 @@ def influence(
         confidences=best.values.float()[: 0 if alone else None],
         layers=study.layers,
         parameters=study.problem.size,
-        gradient_norms=study.problem.gradient_norms.cpu(),
+        gradient_norms=norms,
         diagnostics=diagnostics,
         classes=handle.classes,
         skipped=study.skipped,
@@ -140,7 +155,46 @@ def influence(
     )
 
 
-def _checkpoints(handle: Handle, options: Mapping[str, Any]) -> dict[str, Any]:
+def studied(
+    handle: Handle,
+    names: Sequence[str],
+    train: DataSet,
+    test: DataSet,
+    asked: Asked,
+    report: Callable[[int, int], None],
+    *,
+    head: Head,
+    memory: float = 2.0,
+    curvature: Curvature = "gauss_newton",
+    batch_size: int | None = None,
+    lasting: Lasting | None = None,
+    **reading: Any,
+) -> Study:
+    """The data read and the question set up, with the model borrowed. head: how its parameters alone are asked about;
+    other libraries go through the model. None: about all those named.
+    """
+    if head == "alone":
+        kept = {} if lasting is None else lasting.of_a_scan("train")
+        return head_study(handle, names, train, test, asked, report, batch_size=batch_size, kept=kept, **reading)
+    if head is not None:
+        own = linear_head(handle, shape_of(handle, test)).name
+        names = tuple(name for name in names if name.startswith(f"{own}."))
+    reading |= {"room": memory * 2**30, "curvature": curvature}
+    return network_study(handle, names, train, test, asked, report, lasting=lasting, **reading)
+
+
+def _kept(
+    entry: registry.Method, head: Head, store: str | os.PathLike[str] | None, engine: str | None, resume: bool
+) -> Lasting:
+    """Where passes are kept, and who makes them. Raises `BadInput` where nothing would be kept."""
+    if store is None:
+        raise BadInput("engine= spreads what store= keeps; name a folder with store=")
+    require_kept(entry.name, head, Path(store))
+    spread = None if engine is None else registry.find("engine", engine).run
+    return Lasting(Path(store), {}, resume, spread=spread, engine=engine)
+
+
+def opened_checkpoints(handle: Handle, options: Mapping[str, Any]) -> dict[str, Any]:
     """The option of that name, as functions that open the model with other weights."""
     given = options.get("checkpoints")
     return {} if given is None else {"checkpoints": [partial(at_checkpoint, handle, one) for one in given]}
@@ -161,13 +215,14 @@ def _named(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tests(test: Any, handle: Handle) -> DataSet:
+def tests_of(test: Any, handle: Handle) -> DataSet:
     """A data set of the test images, of which there may be one."""
     alone = isinstance(test, Image) or (getattr(test, "ndim", 0) == 3 and hasattr(test, "shape"))
     return open_data([test] if alone else test, handle.spec)
 
 
-def _targets(target: TargetLike | Sequence[TargetLike] | None) -> list[Target] | None:
+def targets_of(target: TargetLike | Sequence[TargetLike] | None) -> list[Target] | None:
+    """One target for all tests, or one for each; None for the loss."""
     if target is None:
         return None
     if isinstance(target, str) or not isinstance(target, Sequence):

@@ -1,4 +1,4 @@
-"""The command `torchloupe influence`: the training pictures a prediction rests on."""
+"""The commands `torchloupe influence | clean`: training pictures a prediction rests on; labels that may be wrong."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import click
 
 from torchloupe.cli import FILE, _options, _print, _say, main
 from torchloupe.cli_looking import _opened, _tell, _written
-from torchloupe.cli_options import of_a_model
+from torchloupe.cli_options import kept, of_a_model
 from torchloupe_core.errors import BadInput
 
 if TYPE_CHECKING:
     from torchloupe_core.influence import Influence
 
-__all__ = ["influence"]
+__all__ = ["clean", "influence"]
+
+SCORES = ("loss", "margin", "self_influence", "neighbors")  # named here, for --help loads no tensors
 
 
 @main.command(no_args_is_help=True)
@@ -35,6 +37,8 @@ __all__ = ["influence"]
 @click.option("--relative", is_flag=True, help="Scores over the norm of the training picture's gradient.")
 @click.option("--batch-size", type=click.IntRange(1), help="Pictures through the model at once.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read pictures.")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True, help="GiB.")
+@kept
 @of_a_model
 def influence(
     train: Path,
@@ -100,3 +104,67 @@ def _rows(found: Influence, pictures: list[str], k: int, as_json: bool) -> None:
                     _print(json.dumps(facts))
                 else:
                     _print(f"{click.format_filename(test)}  {kind}  {score:+.4g}  {click.format_filename(name)}")
+
+
+@main.command(no_args_is_help=True)
+@click.argument("folder", type=FILE)
+@click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
+@click.option("--by", type=click.Choice(SCORES), help="One score to go by; all together unless given.")
+@click.option("-k", "count", type=click.IntRange(1), default=20, show_default=True, help="How many are printed.")
+@click.option("--page", type=click.IntRange(1), default=200, show_default=True, help="How many are on the page.")
+@click.option("--neighbors", type=click.IntRange(1), default=10, show_default=True, help="How many are asked.")
+@click.option("--weight-decay", type=click.FloatRange(min=0), help="Of the training, for the mean loss.")
+@click.option("--damping", type=click.FloatRange(min=0), help="Added to the curvature; chosen unless given.")
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures through the model at once.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read pictures.")
+@of_a_model
+def clean(
+    folder: Path,
+    model: str,
+    out: Path,
+    by: str | None,
+    count: int,
+    page: int,
+    neighbors: int,
+    as_json: bool,
+    progress: bool | None,
+    seed: int,
+    **asked: Any,
+) -> None:
+    """The pictures in FOLDER whose labels may be wrong, to a model that was trained on them, most suspicious first.
+
+    The subfolders of FOLDER are classes of the model. --out gets suspects.html, a page to look through them and mark
+    them, suspects.npz, all scores, which torchloupe.open reads, and suspects.png, a drawing; what is there already is
+    replaced. Pictures that cannot be read are reported and left out.
+
+    \b
+    Example:
+      torchloupe clean photos --model mine --checkpoint mine.pt --out labels
+    """
+    import torchloupe as tl
+    from torchloupe_core.results import writable_folder
+
+    weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device")}
+    if not folder.is_dir():
+        raise BadInput(f"FOLDER holds a subfolder of pictures for each class; {folder} is no folder")
+    writable_folder(out)
+    handle = _opened(model, seed=seed, **weights)
+    found = tl.clean(handle, str(folder), k=neighbors, seed=seed, progress=progress, **asked)
+    for name, why in found.skipped.items():
+        text = " ".join(why.split())
+        _say(text if name in text else f"{name}: {text}")
+    for row in found.order(by)[:count].tolist():
+        facts: dict[str, Any] = {
+            "picture": found.name(row),
+            "label": found.class_name(int(found.labels[row])),
+            "seen": found.class_name(int(found.predictions[row])),
+            "probability": round(found.confidences[row].item(), 4),
+            "suspicion": round(found.by(by)[row].item(), 6),
+        }
+        name = click.format_filename(found.name(row))
+        line = "{label} -> {seen}  {probability:.0%}  {suspicion:.4g}".format(**facts)
+        _print(json.dumps(facts) if as_json else f"{name}  {line}")
+    html = found.html(out / "suspects.html", k=page)
+    png, npz = _written(found, out / "suspects", by=by)
+    _tell({"images": len(found), "html": html, "png": png, "npz": npz}, f"{len(found)} labels", html, as_json)
+    raise click.exceptions.Exit(1 if found.skipped else 0)

@@ -7,10 +7,10 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -26,7 +26,9 @@ from torchloupe_core.statistics import Statistic
 from torchloupe_core.store import LOCK, Damaged, Store, is_store, require_free
 from torchloupe_core.writers import Crew, Writer
 
-__all__ = ["scan_stored"]
+__all__ = ["Blockwise", "Filling", "block_size_for", "opened_store", "scan_stored"]
+
+T = TypeVar("T")
 
 POLL = 0.1  # seconds between looks at what other ranks have done
 PATIENCE = 60.0  # seconds without a block from any rank, at least, before one does what another has taken
@@ -78,9 +80,9 @@ def scan_stored(
                 chosen = _chosen(handle, data, list(statistics), autocast, given)
                 return chosen | {"threads": threads}, _about(handle, data, joint)
 
-            opened = _opened(path, writer, made_by, given, choose, resume)
+            opened = opened_store(path, writer, made_by, given, choose, resume)
             work = Work(handle, data, statistics, joint, opened, _folder(data), workers, autocast, skip_failures)
-            found = _Filling(work, writer, progress, spread).complete(several)
+            found = Filling(work, writer, progress, spread).complete(lambda: _into(opened, several))
     found.seconds = time.perf_counter() - begun
     if found.skipped and not skip_failures:
         index, why = next(iter(found.skipped.items()))
@@ -109,7 +111,7 @@ def _looked_up(path: Path, made_by: Mapping[str, Any], statistics: Sequence[Stat
     return scanned
 
 
-def _opened(
+def opened_store(
     path: Path,
     writer: Writer,
     made_by: Mapping[str, Any],
@@ -130,27 +132,31 @@ def _opened(
     return store
 
 
-class _Filling:
+class Blockwise(Protocol):
+    """Work that is done block by block, as `Work`."""
+
+    @property
+    def store(self) -> Store: ...
+    def run(self, blocks: Iterable[int], done: Done, progress: Report) -> None: ...
+
+
+class Filling:
     """The blocks of a store done, until none is missing."""
 
-    def __init__(self, work: Work, writer: Writer, progress: Report, spread: Any) -> None:
+    def __init__(self, work: Blockwise, writer: Writer, progress: Report, spread: Any) -> None:
         self.work, self.store, self.writer, self.progress, self.spread = work, work.store, writer, progress, spread
         self.damaged: set[int] = set()
         self.written: Counter[int] = Counter()
         self.slowest = 0.0
 
-    def complete(self, statistics: Sequence[Statistic]) -> Scanned:
-        """Does what is missing or damaged and merges all of it into the statistics."""
+    def complete(self, merge: Callable[[], tuple[T, set[int]]]) -> T:
+        """Does what is missing or damaged until `merge` finds nothing damaged, and gives what it merged."""
         while True:
             self._fill()
-            fresh = [one.fresh() for one in statistics]
-            found, self.damaged = merged(self.store, fresh, range(len(fresh)))
+            found, self.damaged = merge()
             if not self.damaged:
-                break
+                return found
             self._require_lasting()
-        for statistic, one in zip(statistics, fresh, strict=True):
-            statistic.merge(one)
-        return found
 
     def _fill(self) -> None:
         """Own blocks first, then those no living rank is at; in the end, after some patience, any that are missing."""
@@ -217,6 +223,21 @@ class _Filling:
             raise StoreError(f"{self.store.path} does not keep what is written: block {twice[0]} was damaged twice")
 
 
+def _into(store: Store, statistics: Sequence[Statistic]) -> tuple[Scanned, set[int]]:
+    """All blocks merged into the statistics, unless some are damaged."""
+    fresh = [one.fresh() for one in statistics]
+    found, damaged = merged(store, fresh, range(len(fresh)))
+    for statistic, one in zip(statistics, fresh, strict=True) if not damaged else ():
+        statistic.merge(one)
+    return found, damaged
+
+
+def block_size_for(images: int, batch: int) -> int:
+    """How many images make a block, in whole batches."""
+    least = min(MOST, max(FEWEST, images // BLOCKS))
+    return -(-least // batch) * batch
+
+
 def _given(handle: Handle, data: DataSet, batch_size: int | None, block_size: int | None) -> dict[str, int]:
     """What the caller or a loader says of how to compute."""
     if block_size is not None and block_size < 1:
@@ -234,8 +255,7 @@ def _chosen(
     pace, images = beginning(handle, data, given.get("batch_size")), len(data)
     if not pace.settled and images >= WORTH * pace.size and layers and handle.spec.input_size is not None:
         _search(handle, layers, autocast)
-    least = min(MOST, max(FEWEST, images // BLOCKS))
-    return {"batch_size": pace.size, "block_size": -(-least // pace.size) * pace.size, **given}
+    return {"batch_size": pace.size, "block_size": block_size_for(images, pace.size), **given}
 
 
 def _search(handle: Handle, layers: Sequence[str], autocast: torch.dtype | None) -> None:

@@ -25,7 +25,7 @@ from torchloupe_core.plots_embedding import PALETTE, UNKNOWN
 from torchloupe_core.results import write_whole
 from torchloupe_core.thumbnails import natural_size
 
-__all__ = ["write_page"]
+__all__ = ["KIND", "sheet", "write_page"]
 
 Report = Callable[[int, int], None]
 
@@ -34,6 +34,7 @@ SIZES = (96, 64, 48, 32, 24, 16)  # pixels across a small picture
 SHEET = 2048  # pixels across a sheet of them
 PILOT = 128  # pictures that tell how many bytes one takes
 QUALITY = 75
+KIND = "data:image/webp;base64,"
 CLOSE_UP = 150  # points in sight at most, for their pictures to stand in for them
 SHADES = 64
 
@@ -144,8 +145,7 @@ class _Sheets:
     def facts(self) -> dict[str, Any]:
         """What the page needs to know to find a picture."""
         each = self.across**2
-        kind = "data:image/webp;base64,"
-        return {"size": self.size, "across": self.across, "each": each, "kind": kind, "rows": self.rows is not None}
+        return {"size": self.size, "across": self.across, "each": each, "kind": KIND, "rows": self.rows is not None}
 
 
 NONE = _Sheets((), 0, 0, None)
@@ -160,7 +160,7 @@ def _sheets(found: Embedding, room: float, report: Report) -> _Sheets:
     texts = []
     for start in range(0, len(rows), across**2):
         tiles = found.thumbnails(size, rows[start : start + across**2])
-        texts.append(_sheet(tiles, across))
+        texts.append(sheet(tiles, across))
         report(start + len(tiles), len(rows))
     return _Sheets(tuple(texts), size, across, None if count == len(found) else rows)
 
@@ -172,7 +172,7 @@ def _affordable(found: Embedding, pilot: Tensor, room: float) -> tuple[int, int]
     large = found.thumbnails(sizes[0], pilot)
     for size in sizes:
         tiles = large if size == sizes[0] else _reduced(large, size)
-        each = len(_sheet(tiles, math.ceil(math.sqrt(len(tiles))))) / len(tiles)
+        each = len(sheet(tiles, math.ceil(math.sqrt(len(tiles))))) / len(tiles)
         if each * len(found) <= room:
             return size, len(found)
     return sizes[-1], max(1, int(room / each))
@@ -183,7 +183,7 @@ def _reduced(tiles: Tensor, size: int) -> Tensor:
     return found.round().to(torch.uint8)
 
 
-def _sheet(tiles: Tensor, across: int) -> str:
+def sheet(tiles: Tensor, across: int) -> str:
     """Tiles `[T, 3, s, s]` as one picture, in base64."""
     size, down = tiles.shape[2], math.ceil(len(tiles) / across)
     whole = torch.full((down * across, 3, size, size), 255, dtype=torch.uint8)

@@ -48,6 +48,8 @@ _HOMES = {
     "Influence": "torchloupe_core.influence",
     "Neighbors": "torchloupe_core.neighbors",
     "Gallery": "torchloupe_core.gallery",
+    "Suspects": "torchloupe_core.suspects",
+    "Validation": "torchloupe_core.validation",
     "Visualization": "torchloupe_core.visualization",
 }
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
+import torchloupe as tl
 from stored_scans import blocks, inputs, model, require_same, scanned
 from torchloupe_adapters import ray as engine
 from torchloupe_core.errors import BadInput, MissingDependency, StoreError, UnknownName
@@ -92,3 +95,17 @@ def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependency, match=r'pip install "torchloupe\[ray\]"'):
         scanned(tmp_path, model(), inputs(), engine="ray")
+
+
+@pytest.mark.slow
+def test_gradients_of_training_images_are_spread(cluster: Any, tmp_path: Path) -> None:
+    handle = model()
+    train = TensorDataset(inputs(30), torch.arange(30) % 5)
+    asked: dict[str, Any] = {"layers": ["fc", "conv1"], "method": "gradient_dot", "check": 0}
+    alone = tl.influence(handle, train, inputs(3), **asked)
+    before = handle.forwards
+    found = tl.influence(handle, train, inputs(3), store=tmp_path, engine="ray", progress=True, **asked)
+    torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.gradient_norms, alone.gradient_norms, rtol=1e-4, atol=1e-7)
+    assert handle.forwards - before < alone.forwards  # the gradients are the workers' own
+    assert len(Store.open(tmp_path / "products").present()) > 2

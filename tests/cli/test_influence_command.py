@@ -101,3 +101,43 @@ def test_a_picture_that_cannot_be_read_is_reported(run: Run, training: Path, tes
     done = run("influence", "--train", training, "--test", bad, "--test", tests[1], "-k", 1, "--out", tmp_path / "out")
     assert done.exit_code == 1 and "bad.png is not an image" in done.stderr
     assert all(line.startswith(str(tests[1])) for line in done.stdout.splitlines()[:-1])  # the right name for the row
+
+
+def test_clean_lists_labels_and_writes_a_page(run: Run, training: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels"
+    done = run("clean", training, "--out", out, "-k", 3, "--page", 5, "--by", "loss", "--neighbors", 4)
+    assert done.exit_code == 0
+    found = tl.open(out / "suspects.npz")
+    assert isinstance(found, tl.Suspects) and len(found) == 24 and found.k == 4
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and lines[-1] == f"24 labels  {out / 'suspects.html'}"
+    first = int(found.order("loss")[0])
+    label, seen = (found.class_name(int(one[first])) for one in (found.labels, found.predictions))
+    assert lines[0] == (
+        f"{found.name(first)}  {label} -> {seen}  {found.confidences[first]:.0%}  {found.by('loss')[first].item():.4g}"
+    )
+    assert found.name(first).startswith(str(training)) and (out / "suspects.png").is_file()
+    assert "sorted by" in (out / "suspects.html").read_text()
+
+
+def test_clean_in_json_and_of_no_folder(run: Run, training: Path, tmp_path: Path) -> None:
+    done = run("clean", training, "--out", tmp_path / "a", "-k", 1, "--json")
+    facts, files = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(facts) == {"picture", "label", "seen", "probability", "suspicion"} and files["images"] == 24
+    assert Path(files["html"]).is_file() and facts["suspicion"] <= 1
+    picture = next(training.rglob("*.png"))
+    done = run("clean", picture, "--out", tmp_path / "b")
+    assert done.exit_code == 2 and "is no folder" in done.stderr
+
+
+def test_a_store_is_gone_on_with_and_another_question_refused(
+    run: Run, training: Path, tests: list[Path], tmp_path: Path
+) -> None:
+    asked = ["--train", training, "--test", tests[0], "--layers", "layer4.conv2", "--method", "gradient_dot"]
+    for out in ("a", "b"):
+        done = run("influence", *asked, "--store", tmp_path / "kept", "--out", tmp_path / out)
+        assert done.exit_code == 0
+    assert tl.open(tmp_path / "a" / "influence.npz").scores.equal(tl.open(tmp_path / "b" / "influence.npz").scores)  # type: ignore[attr-defined]
+    assert list((tmp_path / "kept" / "products" / "blocks").glob("*.npz"))
+    done = run("influence", *asked, "--target", "logit:0", "--store", tmp_path / "kept", "--out", tmp_path / "c")
+    assert done.exit_code == 2 and "made by another question" in done.stderr and "targets" in done.stderr

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import torchloupe as tl
 from torchloupe_core.checks.snapshot import Snapshot
-from torchloupe_core.methods.checkpoints import Projection
+from torchloupe_core.methods.influence.checkpoints import Projection
 
 
 def some(n: int, seed: int = 0) -> TensorDataset:

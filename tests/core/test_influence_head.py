@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import torchloupe as tl
 from torchloupe_adapters.sklearn import digits
-from torchloupe_core.methods.spot_check import ranks, spearman
+from torchloupe_core.methods.influence.spot_check import ranks, spearman
 
 SIZE = (1, 3, 4)
 DECAY = 0.01
@@ -113,11 +113,11 @@ def test_every_solver_gives_the_formula(softmax: Any, method: str, options: Any,
 
 
 def test_cg_is_the_same_without_the_hessian_written_down(softmax: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchloupe_core.methods import head, influence
+    from torchloupe_core.methods.influence import functions, head
 
     module, train, test = softmax
     whole = asked(module, train, test, tolerance=1e-10)
-    monkeypatch.setattr(influence, "LARGEST_EXPLICIT", 1)
+    monkeypatch.setattr(functions, "LARGEST_EXPLICIT", 1)
     monkeypatch.setattr(head, "CHUNK", 64)  # one image at a time
     parts = asked(module, train, test, tolerance=1e-10, check=0)
     torch.testing.assert_close(parts.scores, whole.scores)
@@ -235,9 +235,11 @@ def test_digits_agree_with_leave_one_out_in_rank() -> None:
     images, labels = digits()
     rows, size, n, decay = images.reshape(-1, 64).astype("float64"), (1, 8, 8), 600, 1e-2
 
+    # Its objective is C x the summed loss + |weights|^2 / 2, so C is 1 / (n x weight decay of the mean loss).
+    fitter = LogisticRegression(C=1 / (n * decay), solver="newton-cholesky", tol=1e-10, warm_start=True)
+
     def fit(kept: Any) -> nn.Module:
-        # Its objective is C x the summed loss + |weights|^2 / 2, so C is 1 / (n x weight decay of the mean loss).
-        model = LogisticRegression(C=1 / (n * decay), solver="newton-cholesky", tol=1e-10).fit(rows[kept], labels[kept])
+        model = fitter.fit(rows[kept], labels[kept])
         module = linear(10, size)
         with torch.no_grad():
             module[1].weight.copy_(torch.from_numpy(model.coef_))  # type: ignore[index]

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import torchloupe as tl
-from torchloupe_core.methods import network
-from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence import network
+from torchloupe_core.methods.influence.pieces import chosen_parameters
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
 from torchloupe_core.targets import parse
 
 SIZE = (1, 6, 6)
@@ -109,7 +109,7 @@ def test_the_hessian_of_a_network_is_indefinite_and_that_is_said(tiny: Any) -> N
 
 def test_memory_bounds_change_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = expected(*tiny[:1], "all", *tiny[1:], "gauss_newton")
-    monkeypatch.setattr("torchloupe_core.methods.influence.LARGEST_EXPLICIT", 1)
+    monkeypatch.setattr("torchloupe_core.methods.influence.functions.LARGEST_EXPLICIT", 1)
     for memory in (1e-5, 1e-3):  # one image at a time, read anew for each product; or a few
         found = asked(tiny, memory=memory, tolerance=1e-9)
         torch.testing.assert_close(found.scores, truth, rtol=1e-5, atol=1e-8)

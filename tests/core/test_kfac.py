@@ -195,3 +195,18 @@ def test_options_that_mean_nothing() -> None:
     ):
         with pytest.raises(tl.errors.BadInput, match=message):
             tl.influence(handle, train, train, method="ekfac", **options)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_several_models_are_averaged_over(method: str) -> None:
+    handles = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        handles.append(tl.wrap(Tiny().double().eval(), input_size=(1, 6, 6)))
+    train, test = some(20, (1, 6, 6), 4), some(3, (1, 6, 6), 4, seed=1)
+    options: Any = {"method": method, "layers": "all", "damping": DAMPING, "check": 0}
+    found = tl.influence(handles[0], train, test, checkpoints=[handles[1].module, handles[2].module], **options)
+    alone = [tl.influence(handle, train, test, **options).scores for handle in handles[1:]]
+    torch.testing.assert_close(found.scores, (alone[0] + alone[1]) / 2)
+    assert found.diagnostics["models"] == 2 and found.diagnostics["damping"] == pytest.approx(DAMPING)
+    assert found.units.endswith("the mean over 2 models")

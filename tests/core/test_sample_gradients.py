@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import torchloupe as tl
 from torchloupe_core.errors import BadInput, UnknownName
-from torchloupe_core.methods.pieces import chosen_parameters
-from torchloupe_core.methods.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence.pieces import chosen_parameters
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
 from torchloupe_core.specimens import SPECIMENS
 
 

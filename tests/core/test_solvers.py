@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchloupe_core.errors import BadInput, NotApplicable
-from torchloupe_core.methods.solvers import conjugate_gradients, factored, lanczos, neumann
+from torchloupe_core.methods.influence.solvers import conjugate_gradients, factored, lanczos, neumann
 
 
 def matrix(eigenvalues: list[float], seed: int = 0) -> Tensor:

@@ -268,9 +268,9 @@ def test_a_hessian_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: p
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     with pytest.raises(BadInput, match=r"a Hessian of 65 parameters takes 0\.0 GiB and 0\.0 GiB are free on cpu"):
         asked(method="exact")
-    from torchloupe_core.methods import influence
+    from torchloupe_core.methods.influence import functions
 
-    monkeypatch.setattr(influence, "LARGEST_EXPLICIT", 64)
+    monkeypatch.setattr(functions, "LARGEST_EXPLICIT", 64)
     with pytest.raises(
         BadInput, match="'exact' writes down the Hessian of 65 parameters, more than 64; take method='cg'"
     ):

@@ -6,7 +6,6 @@ then are ours. Everything happens on a copy of the model: Captum freezes paramet
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
-from torchloupe_core.methods.checkpoints import STEPS, Checkpoint, rates_of
-from torchloupe_core.methods.influence import CHANGE
-from torchloupe_core.methods.network import NetworkProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
-from torchloupe_core.methods.training_images import TrainingImages
+from torchloupe_core.methods.influence.apart import Copied, added_of, images_of, through_the_model
+from torchloupe_core.methods.influence.checkpoints import STEPS, Checkpoint, rates_of
+from torchloupe_core.methods.influence.functions import CHANGE
+from torchloupe_core.methods.influence.network import NetworkProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Answer, Problem
 from torchloupe_core.registry import method
 
 __all__ = ["arnoldi", "naive", "tracin", "tracin_fast"]
@@ -71,7 +70,7 @@ def arnoldi(
 @method("influence", "captum.tracin", needs=("checkpoints",), cost="1 pass for each checkpoint", paper=_PRUTHI)
 def tracin(problem: Problem, *, checkpoints: Sequence[Checkpoint] = (), rates: Sequence[float] | float = 1.0) -> Answer:
     """TracInCP: as the native tracin."""
-    asked, copied = _network(problem), _Copied(problem)
+    asked, copied = _network(problem), Copied(_network(problem))
     loaded = _Loaded(checkpoints, rates_of(checkpoints, rates))
     with torch.enable_grad():
         found = _influence().TracInCP(
@@ -104,7 +103,7 @@ def tracin_fast(
 
     Captum leaves the layer's bias out, which the native tracin takes in.
     """
-    asked, copied = _network(problem), _Copied(problem)
+    asked, copied = _network(problem), Copied(_network(problem))
     modules = [piece.module for piece in asked.pieces]
     if len(modules) != 1 or not isinstance(asked.handle.module.get_submodule(modules[0]), nn.Linear):
         raise NotApplicable(
@@ -131,13 +130,10 @@ def tracin_fast(
 
 def _curved(problem: NetworkProblem, kind: Any, options: dict[str, Any]) -> Answer:
     """Influence with a Hessian of Captum's, in our units."""
-    decay, damping = float(problem.decay[0]), problem.damping
-    if bool((problem.decay != decay).any()):
-        raise BadInput("Captum adds one number to the Hessian; give one weight_decay for all parameters")
-    added = decay + damping
+    damping, added = problem.damping, added_of(problem, "Captum")
     with torch.enable_grad():
         found = kind(
-            _Copied(problem),
+            Copied(_network(problem)),
             _training(problem),
             checkpoint="",
             checkpoints_load_func=lambda model, path: 1.0,
@@ -151,21 +147,6 @@ def _curved(problem: NetworkProblem, kind: Any, options: dict[str, Any]) -> Answ
         scores = found.influence(_testing(problem))
     facts = {"damping": damping, "damping_chosen": problem.given_damping is None and damping > 0}
     return Answer(scores.detach(), CHANGE, diagnostics={**facts, "hessian_reg": problem.n * added})
-
-
-class _Copied(nn.Module):
-    """A copy of the model that gives logits."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        asked = _network(problem)
-        self.model = copy.deepcopy(asked.handle.module)
-        self.logits: Callable[[Any], Tensor] = asked.handle.logits
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in asked.model_gradients.names)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.logits(self.model(inputs.clone()))
 
 
 class _PerImage(nn.Module):
@@ -194,21 +175,14 @@ class _Loaded:
     def __init__(self, checkpoints: Sequence[Checkpoint], rates: Sequence[float]) -> None:
         self.checkpoints, self.rates = checkpoints, list(rates)
 
-    def __call__(self, copied: _Copied, number: int) -> float:
+    def __call__(self, copied: Copied, number: int) -> float:
         handle: Handle = self.checkpoints[number]()
         copied.model.load_state_dict(handle.module.state_dict())
         return self.rates[number]
 
 
 def _network(problem: Problem) -> NetworkProblem:
-    if not isinstance(problem, NetworkProblem):
-        raise BadInput("Captum's methods go through the model")
-    if problem.asked.inner:
-        raise NotApplicable(
-            f"Captum asks about the model's output, and the target reads layer {problem.asked.inner[0]!r}; take a "
-            "native method, as 'cg'"
-        )
-    return problem
+    return through_the_model(problem, "Captum")
 
 
 def _layers(problem: NetworkProblem) -> list[str] | None:
@@ -229,18 +203,13 @@ def _layers(problem: NetworkProblem) -> list[str] | None:
 
 
 def _training(problem: NetworkProblem) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(_together(problem.images), problem.labels.to(problem.handle.device)), BATCH)
+    images = images_of(problem.images, "Captum")
+    return DataLoader(TensorDataset(images, problem.labels.to(problem.handle.device)), BATCH)
 
 
 def _testing(problem: NetworkProblem) -> tuple[Tensor, Tensor]:
     """The test images, each with its number in place of a label."""
-    return _together(problem.tests), torch.arange(len(problem.tests), device=problem.handle.device)
-
-
-def _together(images: TrainingImages) -> Tensor:
-    if images.scanned.others:
-        raise NotApplicable("Captum takes images of one size; resize them, or take a native method, as 'cg'")
-    return torch.cat([block.inputs for block in images.blocks(BATCH)])
+    return images_of(problem.tests, "Captum"), torch.arange(len(problem.tests), device=problem.handle.device)
 
 
 def _influence() -> Any:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from torchloupe_core.handle import Handle
 from torchloupe_core.losses import Loss
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.solvers import factored
+from torchloupe_core.methods.influence.lasting import Lasting
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.solvers import factored
 
 __all__ = ["LARGEST_EXPLICIT", "Answer", "Cotangents", "Problem"]
 
@@ -51,8 +52,11 @@ class Problem(ABC):
     The objective is the mean loss of the n images + sum of decay / 2 x parameter^2. Gradients and curvature below are
     those of the mean loss alone, without weight decay.
 
-    seed: of everything random. report(done, total): is told of the work done.
+    seed: of everything random. report(done, total): is told of the work done. lasting: where passes are kept, None
+    for nowhere. room: bytes that blocks of gradients, and what solvers hold, may take.
     """
+
+    handle: Handle
 
     decay: Tensor  # [P]
     given_damping: float | None
@@ -61,7 +65,17 @@ class Problem(ABC):
     loss: Loss
     labels: Tensor  # [n], of the training images
     elsewhere: Callable[[Handle], Problem]  # the same question of the model with other weights
+    room: float
     written: Tensor | None = field(default=None, init=False)  # the curvature, once it is
+    lasting: Lasting | None = field(default=None, init=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As it is sent to another process: what it tells of its work, and where it is kept, stay here."""
+        return {**self.__dict__, "report": _untold, "elsewhere": _nowhere, "lasting": None}
+
+    @abstractmethod
+    def within(self, part: slice) -> Problem:
+        """The same with some of the training images alone, kept nowhere."""
 
     @property
     @abstractmethod
@@ -176,3 +190,11 @@ class Problem(ABC):
     def objective_gradient(self) -> Tensor:
         """`[P]`: of mean loss and weight decay, zero at the end of a training."""
         return self.mean_gradient + self.decay * self.parameters
+
+
+def _untold(done: int, total: int) -> None:
+    pass
+
+
+def _nowhere(handle: Handle) -> Problem:
+    raise TypeError("a problem that was sent to another process has no other weights")

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
-from torchloupe_core.methods.pieces import Call, Piece, pieces_of
+from torchloupe_core.methods.influence.pieces import Call, Piece, pieces_of
 
 __all__ = ["SampleGradients"]
 
@@ -83,10 +83,20 @@ class SampleGradients:
 
     def rows(self, inputs: Tensor, cotangents: Cotangents) -> tuple[Tensor, Tensor]:
         """`[N, m, P]`: m combinations of the gradients of each image's logits, and the logits `[N, K]`."""
-        calls, found, logits = self.apart(inputs, cotangents)
+        calls, others, logits = self.apart(inputs, cotangents)
+        several = len(calls[0].gots) if calls else next(iter(others.values())).shape[1]
+        found = logits.new_empty(len(logits), several, self.size)  # filled in place: copies cost as much as products
+        sizes = [piece.size for piece in self.pieces]
+        places = dict(zip((piece.module for piece in self.pieces), torch.split(found, sizes, -1), strict=True))
+        for module, rows in others.items():
+            places[module].copy_(rows)
+        begun = set(others)
         for call in calls:
-            found[call.piece.module] = call.gradients() + found.get(call.piece.module, 0)
-        return torch.cat([found[piece.module] for piece in self.pieces], -1), logits
+            place, again = places[call.piece.module], call.piece.module in begun
+            for m, rows in enumerate(call.gradients()):
+                place[:, m] = place[:, m] + rows if again else rows
+            begun.add(call.piece.module)
+        return found, logits
 
     def verify(self, inputs: Tensor, cotangents: Cotangents) -> None:
         """Compares the first and the last of some images with a backward pass of each alone.

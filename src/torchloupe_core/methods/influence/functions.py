@@ -8,6 +8,8 @@ of the mean loss over n training images. Removing the training image changes the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from torchloupe_core.errors import BadInput
 from torchloupe_core.memory import require
-from torchloupe_core.methods.head import HeadProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
-from torchloupe_core.methods.removal import newton_removal
-from torchloupe_core.methods.solvers import (
+from torchloupe_core.methods.influence.head import HeadProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Answer, Problem
+from torchloupe_core.methods.influence.removal import newton_removal
+from torchloupe_core.methods.influence.solvers import (
     ROUNDING,
     Krylov,
     Solved,
@@ -39,6 +41,7 @@ NORM = "the squared norm of the gradient over n"
 
 SMALL = 2_000  # parameters whose eigenvalues are all found
 SPECTRUM = 40  # products with the Hessian to see its extreme eigenvalues
+CG_HOLDS, LISSA_HOLDS = 8, 5  # so many times as many numbers as there are in the questions
 MARGIN = 1.1  # by which the scale of lissa exceeds the top eigenvalue
 
 _KOH = "Koh and Liang 2017, Understanding Black-box Predictions via Influence Functions"
@@ -69,7 +72,8 @@ def cg(problem: Problem, *, tolerance: float = 1e-5, iterations: int = 1_000) ->
     """Conjugate gradients, until the residual is `tolerance` of the right-hand side, at most `iterations`."""
     _require_positive(tolerance=tolerance, iterations=iterations)
     _write_down(problem)
-    solved = conjugate_gradients(problem.damped, problem.questions, tolerance=tolerance, iterations=iterations)
+    solve = partial(conjugate_gradients, problem.damped, tolerance=tolerance, iterations=iterations)
+    solved = _in_groups(problem, solve, CG_HOLDS)
     return _answered(problem, solved, CHANGE, spectrum_of(problem))
 
 
@@ -84,9 +88,8 @@ def lissa(problem: Problem, *, scale: float | None = None, depth: int = 20_000, 
     _write_down(problem)
     spectrum = spectrum_of(problem)
     largest = spectrum["largest"] + float(problem.decay.max()) + problem.damping
-    solved = neumann(
-        problem.damped, problem.questions, scale=scale or MARGIN * largest, depth=depth, tolerance=tolerance
-    )
+    solve = partial(neumann, problem.damped, scale=scale or MARGIN * largest, depth=depth, tolerance=tolerance)
+    solved = _in_groups(problem, solve, LISSA_HOLDS)
     answer = _answered(problem, solved, CHANGE, spectrum)
     return Answer(
         answer.scores, answer.units, answer.vectors, {**answer.diagnostics, "scale": scale or MARGIN * largest}
@@ -102,8 +105,13 @@ def lissa(problem: Problem, *, scale: float | None = None, depth: int = 20_000, 
 def arnoldi(problem: Problem, *, steps: int = 200, rank: int = 50) -> Answer:
     """The inverse on the eigenvectors of the `rank` largest eigenvalues alone, as `steps` of Lanczos see them."""
     _require_positive(steps=steps, rank=rank)
-    values, vectors = _krylov(problem, max(steps, rank)).ritz()
-    values, vectors = values[-rank:], vectors[-rank:]
+
+    def ritz(whole: Problem) -> dict[str, Tensor]:
+        values, vectors = _krylov(whole, max(steps, rank)).ritz()
+        return {"values": values[-rank:], "vectors": vectors[-rank:]}
+
+    kept = ritz(problem) if problem.lasting is None else problem.lasting.once("eigenvectors", problem, ritz)
+    values, vectors = (kept[name].to(problem.parameters) for name in ("values", "vectors"))
     positive = values > 0
     values, vectors = values[positive], vectors[positive]
     decay = (vectors.square() * problem.decay).sum(1)  # of each direction
@@ -151,7 +159,7 @@ def spectrum_of(problem: Problem) -> dict[str, float]:
     `NotApplicable` if the damped curvature has a negative one.
     """
     known = problem.written if problem.size <= SMALL else None
-    values = _krylov(problem, SPECTRUM).ritz()[0] if known is None else torch.linalg.eigvalsh(known)
+    values = _ritz_values(problem) if known is None else torch.linalg.eigvalsh(known)
     largest, least = values[-1].item(), values[0].item()
     rounding = (1e-6 if known is None else ROUNDING) * max(abs(least), abs(largest))
     if least + float(problem.decay.min()) + problem.damping < -rounding:
@@ -168,6 +176,44 @@ def _write_down(problem: Problem) -> None:
 
 def _krylov(problem: Problem, steps: int) -> Krylov:
     return lanczos(problem.times, problem.size, steps, problem.parameters, problem.seed)
+
+
+def _ritz_values(problem: Problem) -> Tensor:
+    """Approximate eigenvalues, rising."""
+
+    def found(whole: Problem) -> dict[str, Tensor]:
+        return {"values": _krylov(whole, SPECTRUM).ritz()[0]}
+
+    kept = problem.lasting
+    return (found(problem) if kept is None else kept.once("spectrum", problem, found))["values"]
+
+
+def _in_groups(problem: Problem, solve: Callable[[Tensor], Solved], holds: int) -> Solved:
+    """The questions solved in groups, such that `holds` times as many numbers as in a group's fit in the room.
+
+    Where passes are kept each group's solutions are.
+    """
+    questions = problem.questions
+    each = holds * problem.size * questions.element_size()
+    size = max(1, min(len(questions), int(min(problem.room / each, 2**31))))
+
+    def solved(whole: Problem, part: slice) -> dict[str, Tensor]:
+        found = solve(whole.questions[part])
+        facts = torch.tensor([found.iterations, found.residual, found.converged], dtype=torch.float64)
+        return {"vectors": found.vectors, "facts": facts}
+
+    vectors, facts = torch.empty_like(questions), []
+    groups: Iterator[tuple[slice, dict[str, Tensor]]]
+    if problem.lasting is None:
+        parts = (slice(begin, min(begin + size, len(questions))) for begin in range(0, len(questions), size))
+        groups = ((part, solved(problem, part)) for part in parts)
+    else:
+        groups = problem.lasting.each("solutions", problem, len(questions), solved, size)
+    for part, arrays in groups:
+        vectors[part] = arrays["vectors"].to(vectors)
+        facts.append(arrays["facts"])
+    made, residual, converged = torch.stack(facts).T
+    return Solved(vectors, int(made.max()), residual.max().item(), bool(converged.all()))
 
 
 def _answered(problem: Problem, solved: Solved, units: str, spectrum: dict[str, float]) -> Answer:

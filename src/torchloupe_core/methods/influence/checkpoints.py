@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle
+from torchloupe_core.identity import of_model
 from torchloupe_core.memory import require
-from torchloupe_core.methods.problem import Answer, Problem
+from torchloupe_core.methods.influence.problem import Answer, Problem
 from torchloupe_core.registry import method
 
-__all__ = ["Checkpoint", "Projection", "rates_of", "tracin", "trak"]
+__all__ = ["Checkpoint", "Projection", "along", "rates_of", "tracin", "trak"]
 
 Checkpoint = Callable[[], Handle]  # opens the model as it was
 
@@ -23,6 +24,7 @@ STEPS = "the sum over checkpoints of the rate times the change that a step witho
 PROJECTED = (
     "proportional to the change when the training image is removed, as a linear model of projected gradients has it"
 )
+FEW = 16  # dimensions of a projection, unless there are hardly any images
 RIDGE = 1e-6  # of the mean diagonal, so that a kernel of few images can be inverted
 
 
@@ -41,7 +43,7 @@ def tracin(problem: Problem, *, checkpoints: Sequence[Checkpoint] = (), rates: S
     """
     weights = rates_of(checkpoints, rates)
     scores: Any = 0.0
-    for there, rate in zip(_along(problem, checkpoints), weights, strict=True):
+    for there, rate in zip(along(problem, checkpoints), weights, strict=True):
         scores = scores + rate * there.dots(there.questions) / there.n
     return Answer(scores, STEPS, diagnostics={"checkpoints": len(checkpoints), "rates": weights})
 
@@ -56,21 +58,21 @@ def tracin(problem: Problem, *, checkpoints: Sequence[Checkpoint] = (), rates: S
 def trak(problem: Problem, *, dims: int | None = None, checkpoints: Sequence[Checkpoint] = ()) -> Answer:
     """A linear model on random projections of the gradients of log(p / (1 - p)), p the probability of the label.
 
-    dims: of the projection, a quarter of the training images unless given, at most 2,048. checkpoints: of other
-    trainings, or other epochs; kernels and errors are averaged over them, as in the paper (section 3.2, step 5). The
-    model itself counts only without checkpoints. For the cross-entropy alone.
+    dims: of the projection, one for 16 training images unless given, at most 2,048; many more fit noise. checkpoints:
+    of other trainings, or other epochs; kernels and errors are averaged over them, as in the paper (section 3.2, step
+    5). The model itself counts only without checkpoints. For the cross-entropy alone.
     """
     if problem.loss.kind != "cross_entropy":
         raise NotApplicable(
             f"trak is made for the cross-entropy; the loss is {problem.loss.name}; take 'cg' or 'ekfac'"
         )
-    dims = max(1, min(2048, problem.n // 4)) if dims is None else dims
+    dims = max(1, min(FEW, problem.n // 4), min(2048, problem.n // 16)) if dims is None else dims
     if dims < 1:
         raise BadInput(f"dims is at least 1; got {dims}")
     kernels: Any = 0.0
     doubts: Any = 0.0
     models = max(1, len(checkpoints))
-    for number, there in enumerate(_along(problem, checkpoints) if checkpoints else [problem]):
+    for number, there in enumerate(along(problem, checkpoints) if checkpoints else [problem]):
         projection = Projection(there.size, dims, there.parameters, problem.seed + number)
         kernel, doubt = _kernel(there, projection)
         kernels, doubts = kernels + kernel / models, doubts + doubt / models
@@ -119,6 +121,25 @@ class Projection:
 
 def _kernel(problem: Problem, projection: Projection) -> tuple[Tensor, Tensor]:
     """`[T, n]`: what each training image's margin does to each question, and `[n]`, one minus its probability."""
+    if problem.lasting is None:
+        found = [_projected(problem, projection)]
+    else:
+        parts = problem.lasting.each(
+            "projections", problem, problem.n, lambda whole, part: _projected(whole.within(part), projection)
+        )
+        found = [arrays for _, arrays in parts]
+    features, doubt = (torch.cat([one[name] for one in found]).to(problem.parameters) for name in ("features", "doubt"))
+    gram = features.T @ features
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    if problem.given_damping:
+        gram.diagonal().add_(problem.given_damping * problem.n)
+    asked = projection(problem.questions)
+    solved = torch.linalg.solve(gram, asked.T).T
+    return -solved @ features.T, doubt
+
+
+def _projected(problem: Problem, projection: Projection) -> dict[str, Tensor]:
+    """Of each training image the projected gradient of its margin, and one minus its probability."""
     parts, doubts, latest = [], [], torch.empty(0)
 
     def margins(logits: Tensor, labels: Tensor) -> Tensor:  # asked once or twice for a block
@@ -129,14 +150,7 @@ def _kernel(problem: Problem, projection: Projection) -> tuple[Tensor, Tensor]:
     for _, rows in problem.passes(margins):
         parts.append(projection(rows[:, 0]))
         doubts.append(latest)
-    features, doubt = torch.cat(parts), torch.cat(doubts).to(parts[0])
-    gram = features.T @ features
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    if problem.given_damping:
-        gram.diagonal().add_(problem.given_damping * problem.n)
-    asked = projection(problem.questions)
-    solved = torch.linalg.solve(gram, asked.T).T
-    return -solved @ features.T, doubt
+    return {"features": torch.cat(parts), "doubt": torch.cat(doubts)}
 
 
 def _margin_slopes(logits: Tensor, labels: Tensor) -> Tensor:
@@ -146,10 +160,13 @@ def _margin_slopes(logits: Tensor, labels: Tensor) -> Tensor:
     return own - others
 
 
-def _along(problem: Problem, checkpoints: Sequence[Checkpoint]) -> Iterator[Problem]:
+def along(problem: Problem, checkpoints: Sequence[Checkpoint]) -> Iterator[Problem]:
     """The same question at each checkpoint, its model borrowed meanwhile."""
     for place, checkpoint in enumerate(checkpoints):
         handle = checkpoint()
         with handle.borrow():
-            yield problem.elsewhere(handle)
+            there = problem.elsewhere(handle)
+            if problem.lasting is not None:
+                there.lasting = problem.lasting.at(f"-{place + 1}", of_model(handle))
+            yield there
         problem.report(place + 1, len(checkpoints))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,16 +15,18 @@ from torchloupe_core.errors import BadInput, UnknownName
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.labels import Given, labels_of, require_classes
 from torchloupe_core.losses import Loss
-from torchloupe_core.methods.head import Head, HeadProblem, Rows, linear_head, read_rows, require_linear
-from torchloupe_core.methods.network import Curvature, NetworkProblem
-from torchloupe_core.methods.problem import Answer, Problem
-from torchloupe_core.methods.questions import Questions
-from torchloupe_core.methods.sample_gradients import SampleGradients
-from torchloupe_core.methods.spot_check import STATIONARY, spot_check
-from torchloupe_core.methods.training_images import TrainingImages
+from torchloupe_core.memory import require
+from torchloupe_core.methods.influence.head import Head, HeadProblem, Rows, linear_head, read_rows, require_linear
+from torchloupe_core.methods.influence.lasting import Lasting
+from torchloupe_core.methods.influence.network import Curvature, NetworkProblem
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Answer, Problem
+from torchloupe_core.methods.influence.questions import Questions
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence.spot_check import STATIONARY, spot_check
+from torchloupe_core.methods.influence.training_images import TrainingImages
 from torchloupe_core.targets import Target
 
-__all__ = ["Asked", "Decay", "Kept", "Study", "head_study", "network_study", "shape_of"]
+__all__ = ["Asked", "Decay", "Kept", "Study", "head_study", "logits_of", "needed", "network_study", "shape_of"]
 
 Decay = float | Mapping[str, float] | None
 Report = Callable[[int, int], None]
@@ -48,6 +51,13 @@ class Asked:
         if isinstance(self.weight_decay, Mapping):
             return float(self.weight_decay.get(name, 0.0))
         return float(self.weight_decay or 0.0)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it in words, to compare two questions by."""
+        targets = None if self.targets is None else [str(one) for one in self.targets]
+        regular = {"weight decay": self.weight_decay, "damping": self.damping}
+        return {"loss": self.loss.name, "targets": targets, "seed": self.seed, **regular}
 
     def check(self, names: Sequence[str]) -> None:
         """Raises an error for a negative number, or a weight decay of parameters that take no part."""
@@ -136,9 +146,14 @@ def head_study(
     test: DataSet,
     asked: Asked,
     report: Report,
+    *,
+    kept: Mapping[str, Any] | None = None,
     **reading: Any,
 ) -> Study:
-    """The head alone, with what it read of both data sets in one pass each. trained: parameters that are not frozen."""
+    """The head alone, with what it read of both data sets in one pass each.
+
+    trained: parameters that are not frozen. kept: how a scan keeps what it sees of the training set, if at all.
+    """
     shape = shape_of(handle, test)
     head = linear_head(handle, shape)
     if f"{head.name}.weight" not in trained:
@@ -155,7 +170,7 @@ def head_study(
     logits = head.logits(tests.features)
     questions, test_labels = questions_of(asked, found, logits, test, tests.indices, handle)
     questions.require_outputs(head.name)
-    rows = read_rows(handle, train, head, progress=report, **reading)
+    rows = read_rows(handle, train, head, progress=report, **(kept or {}), **reading)
     labels = train_labels(asked, train, rows.scanned, rows.indices, outputs, handle)
     problem = HeadProblem(
         elsewhere=lambda other: head_study(other, trained, train, test, asked, report, **reading).problem,
@@ -163,6 +178,7 @@ def head_study(
         given_damping=asked.damping,
         seed=asked.seed,
         report=lambda done, total: None,
+        room=math.inf,
         handle=handle,
         head=head,
         train=rows.features,
@@ -198,6 +214,7 @@ def network_study(
     *,
     room: float,
     curvature: Curvature = "gauss_newton",
+    lasting: Lasting | None = None,
     **reading: Any,
 ) -> Study:
     """Any parameters of the model, by name; the training set is gone through as often as the method wants.
@@ -205,10 +222,11 @@ def network_study(
     room: bytes that images and gradients may take. reading: how the data sets are, as `TrainingImages` takes it.
     """
     asked.check(names)
+    gradients = SampleGradients(handle, names)
+    _require_room(handle, gradients.size, train, test, room)
     options = {"room": room, "curvature": curvature, **reading}
     tests = TrainingImages(handle, test, keep=float("inf"), **reading)
-    gradients = SampleGradients(handle, names)
-    logits = torch.cat([_logits(handle, block.inputs) for block in tests.blocks(SOME)])
+    logits = torch.cat([logits_of(handle, block.inputs) for block in tests.blocks(SOME)])
     first = next(iter(tests.blocks(SOME))).inputs
     gradients.verify(first, lambda found: found.softmax(1)[:, None])
     found = labels_of(test, tests.scanned, tests.indices, "test", asked.test_labels, handle.classes)
@@ -232,6 +250,9 @@ def network_study(
         room=room,
     )
     problem.decay = problem.decay.to(problem.precise)
+    problem.lasting = (
+        None if lasting is None else replace(lasting.of(labels, test_labels, images.indices), report=report)
+    )
     modules = tuple(dict.fromkeys(piece.module or "(the model itself)" for piece in gradients.pieces))
     return Study(
         problem,
@@ -246,7 +267,29 @@ def network_study(
     )
 
 
-def _logits(handle: Handle, inputs: Tensor) -> Tensor:
+def _require_room(handle: Handle, size: int, train: DataSet, test: DataSet, room: float) -> None:
+    """Raises `BadInput`, before any image is read, where questions, solutions and scores do not fit in memory."""
+    if train.length is None or test.length is None:
+        return
+    item = 8 if size <= LARGEST_EXPLICIT else torch.finfo(handle.dtype).bits // 8
+    require(
+        needed(size, train.length, test.length, item, room),
+        f"the influence of {train.length:,} images on {test.length:,} tests through {size:,} parameters",
+        handle.device,
+        "ask about fewer test images at a time or fewer layers, or give less memory=",
+    )
+
+
+def needed(size: int, train: int, test: int, item: int, room: float) -> float:
+    """Bytes: the questions of the tests and their solutions, as much again while these are made, scores, and the room.
+
+    item: bytes of a number.
+    """
+    return 4 * item * size * test + 2 * item * train * test + room
+
+
+def logits_of(handle: Handle, inputs: Tensor) -> Tensor:
+    """`[N, K]` of a model that is borrowed."""
     with handle.watch(shape=(inputs.shape[1], inputs.shape[2], inputs.shape[3])) as watch:
         return handle.logits(watch(inputs))
 

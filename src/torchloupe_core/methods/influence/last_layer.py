@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchloupe_core.errors import BadInput, NotApplicable
-from torchloupe_core.methods.head import HeadProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Answer, Problem
-from torchloupe_core.methods.solvers import factored
+from torchloupe_core.errors import BadInput
+from torchloupe_core.methods.influence.head import HeadProblem
+from torchloupe_core.methods.influence.head_fit import minimum
+from torchloupe_core.methods.influence.problem import Answer, Problem
 from torchloupe_core.registry import method
 
-__all__ = ["feature_cosine", "minimum", "representer"]
+__all__ = ["feature_cosine", "representer"]
 
 COSINE = "the cosine of the features that go into the head"
 SHARE = "what the training image adds to what is asked about, through the logits that it has a share in"
 ALIKE = "positive: the image looks alike to the model; neither label takes part"
-NEWTON_STEPS, HALVINGS = 60, 30
 
 
 @method(
@@ -69,43 +67,6 @@ def representer(problem: Problem, *, refit: bool = True) -> Answer:
         "tests_changed": int((before != after).sum()),
     }
     return Answer(kernel * (slopes @ asked.errors.T), SHARE, diagnostics=facts)
-
-
-def minimum(problem: HeadProblem) -> HeadProblem:
-    """The problem at the minimum of its objective, or itself if it is there: Newton's method, halving steps."""
-    if problem.size > LARGEST_EXPLICIT:
-        raise BadInput(f"a head of {problem.size:,} parameters is not fitted anew; take refit=False")
-    begun = problem
-    for _ in range(NEWTON_STEPS):
-        gradient = problem.objective_gradient()
-        if gradient.norm() <= 1e-8 * problem.typical_gradient:
-            return problem
-        hessian = problem.matrix().clone()
-        hessian.diagonal().add_(problem.decay + 1e-12)
-        step = torch.cholesky_solve(gradient[:, None], factored(hessian))[:, 0]
-        problem = _stepped(problem, step, gradient @ step)
-    raise NotApplicable(
-        f"the head's loss has no minimum that {NEWTON_STEPS} steps of Newton's method find from a gradient of "
-        f"{begun.objective_gradient().norm().item():.2g}; give a larger weight_decay, or refit=False"
-    )
-
-
-def _stepped(problem: HeadProblem, step: Tensor, slope: Tensor) -> HeadProblem:
-    """The problem after the longest of step, step / 2, ... that lowers the objective enough."""
-    now, share = _objective(problem), 1.0
-    for _ in range(HALVINGS):
-        moved = replace(problem.head, weights=problem.head.weights - share * step.view_as(problem.head.weights))
-        there = replace(problem, head=moved)
-        if _objective(there) <= now - 1e-4 * share * slope or slope <= 1e-14:
-            return there
-        share /= 2
-    return there
-
-
-def _objective(problem: HeadProblem) -> Tensor:
-    loss = problem.loss(problem.logits, problem.labels).mean()
-    penalty: Tensor = (problem.decay * problem.parameters.square()).sum() / 2
-    return loss + penalty
 
 
 def _head_of(problem: Problem, name: str) -> HeadProblem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +14,15 @@ from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
 from torchloupe_core.memory import require
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.problem import Cotangents, Problem
-from torchloupe_core.methods.questions import Questions
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.problem import Cotangents, Problem
+from torchloupe_core.methods.influence.questions import Questions
 from torchloupe_core.scan import Scanned, scan
 from torchloupe_core.statistics import Features
 
 __all__ = ["Head", "HeadProblem", "Rows", "linear_head", "read_rows", "require_linear"]
 
 CHUNK = 2**24  # numbers held at once
-STEPS = 200  # of a refit
 CLOSE = 1e-3  # of the largest logit: by how much the head's own logits may differ from the model's
 
 
@@ -127,11 +126,13 @@ class HeadProblem(Problem):
     train, tests: features `[n, D]`, `[T, D]`.
     """
 
-    handle: Handle
     head: Head
     train: Tensor
     tests: Tensor
     asked: Questions
+
+    def within(self, part: slice) -> HeadProblem:
+        return replace(self, train=self.train[part], labels=self.labels[part])
 
     @property
     def n(self) -> int:
@@ -241,29 +242,6 @@ class HeadProblem(Problem):
         logits = torch.einsum("mkd,md->mk", parameters.view(-1, *self.head.weights.shape), rows)
         return self.loss(logits, labels) - self.loss(self.logits[list(images)], labels)
 
-    def refitted(self, removed: Sequence[Sequence[int]]) -> Tensor:
-        """`[m, P]`: the minimum of the objective without each group of images; NaN where it was not reached.
-
-        With damping the objective also holds damping / 2 x squared distance from the model's own parameters, and where
-        these are no minimum, what makes them one: minus the gradient there (Bae et al. 2022, If Influence Functions are
-        the Answer, Then What is the Question?, section 3). Without either this is leave-one-out training.
-        """
-        begin = self.parameters
-        kept = torch.ones(len(removed), self.n, dtype=begin.dtype, device=begin.device)
-        for row, group in enumerate(removed):
-            kept[row, list(group)] = 0
-        found = begin.expand(len(removed), -1).clone()
-        scale = self.typical_gradient / self.n
-        for _ in range(STEPS):
-            slope = self._slopes(found, kept) + self.decay * found + self.damping * (found - begin)
-            slope = slope - self.objective_gradient()
-            open_ = slope.norm(dim=1) > 1e-9 * scale
-            if not open_.any():
-                return found
-            found = found - open_[:, None] * torch.cholesky_solve(slope.T, self.factor).T
-        found[open_] = torch.nan
-        return found
-
     def pixels(self, vector: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         shape = (inputs.shape[1], inputs.shape[2], inputs.shape[3])
         inputs = inputs.detach().requires_grad_(True)
@@ -279,17 +257,6 @@ class HeadProblem(Problem):
     def gradient_norms(self) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(self.errors, dim=1) * torch.linalg.vector_norm(self.train, dim=1)
         return norms
-
-    def _slopes(self, parameters: Tensor, kept: Tensor) -> Tensor:
-        """`[m, P]`: the gradient of the loss of the images kept `[m, n]`, over n, at other parameters."""
-        weights = parameters.view(-1, *self.head.weights.shape)
-        total = torch.zeros_like(weights)
-        for part in self.parts_of(len(weights)):
-            logits = self.train[part] @ weights.transpose(1, 2)  # [m, B, K]
-            labels = self.labels[part].repeat(len(weights))
-            errors = self.loss.gradient(logits.flatten(0, 1), labels).view_as(logits)
-            total += (errors * kept[:, part, None]).transpose(1, 2) @ self.train[part]
-        return total.flatten(1) / self.n
 
     def _along(self, vectors: Tensor, part: slice) -> Tensor:
         """`[m, B, K]`: by how much the logits of some training images change along each vector."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal
 
@@ -13,13 +13,12 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchloupe_core.errors import NotApplicable
-from torchloupe_core.handle import Handle
 from torchloupe_core.memory import require
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT, Cotangents, Problem
-from torchloupe_core.methods.questions import Questions
-from torchloupe_core.methods.sample_gradients import SampleGradients
-from torchloupe_core.methods.training_images import Block, TrainingImages
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT, Cotangents, Problem
+from torchloupe_core.methods.influence.questions import Questions
+from torchloupe_core.methods.influence.sample_gradients import SampleGradients
+from torchloupe_core.methods.influence.training_images import Block, TrainingImages
 
 __all__ = ["Curvature", "NetworkProblem"]
 
@@ -40,15 +39,17 @@ class NetworkProblem(Problem):
     Up to 5,000 parameters sums are in float64.
     """
 
-    handle: Handle
     model_gradients: SampleGradients
     images: TrainingImages
     tests: TrainingImages
     asked: Questions
     curvature: Curvature = "gauss_newton"
-    room: float = 2**31
     _sums: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     _roots: list[tuple[slice, Tensor]] | None = field(default=None, init=False)
+
+    def within(self, part: slice) -> NetworkProblem:
+        seed = self.seed + 1 + part.start  # or each part would draw the same
+        return replace(self, images=self.images.part(part), labels=self.labels[part], seed=seed)
 
     @property
     def n(self) -> int:
@@ -72,15 +73,25 @@ class NetworkProblem(Problem):
     def questions(self) -> Tensor:
         if self.asked.inner:
             return self._inner_questions()
-        rows = []
+        found = self.parameters.new_empty(len(self.tests), self.size)
         for block in self.tests.blocks(self._fitting(1)):
             which = torch.arange(block.part.start, block.part.stop)
-            found, _ = self.model_gradients.rows(block.inputs, partial(self._slopes, which))
-            rows.append(found[:, 0])
-        return torch.cat(rows).to(self.precise)
+            found[block.part] = self.model_gradients.rows(block.inputs, partial(self._slopes, which))[0][:, 0]
+        return found
 
     def dots(self, vectors: Tensor) -> Tensor:
+        return self._products_with(vectors, "products")
+
+    def _products_with(self, vectors: Tensor, name: str) -> Tensor:
+        """`[m, n]`: of vectors and gradients, whose norms and mean are kept as well. name: of the pass."""
         found = vectors.new_empty(len(vectors), self.n)
+        if self.lasting is not None:
+            norms, total = self.parameters.new_empty(self.n), torch.zeros_like(self.parameters)
+            for part, arrays in self.lasting.each(name, self, self.n, partial(_of_part, vectors)):
+                found[:, part], norms[part] = arrays["products"].to(found), arrays["norms"].to(norms)
+                total += arrays["mean"].to(total) * (part.stop - part.start)
+            self._sums = total / self.n, norms
+            return found
         for begin, rows in self.gradients():
             found[:, begin : begin + len(rows)] = vectors @ rows.T
         return found
@@ -147,6 +158,13 @@ class NetworkProblem(Problem):
     @cached_property
     def trace(self) -> float:
         """Of the Gauss-Newton matrix."""
+        if self.lasting is not None:
+            return self.lasting.once("trace", self, lambda whole: {"trace": torch.tensor(whole._trace())})[
+                "trace"
+            ].item()
+        return self._trace()
+
+    def _trace(self) -> float:
         if self._outputs * self.size * 8 <= self.room:
             return sum(rows.square().sum().item() for _, rows in self.roots()) / self.n
         generator = torch.Generator().manual_seed(self.seed)
@@ -229,7 +247,9 @@ class NetworkProblem(Problem):
 
     def _summed(self) -> tuple[Tensor, Tensor]:
         """The mean gradient `[P]`, and the norm of each image's `[n]`."""
-        if self._sums is None:
+        if self._sums is None and self.lasting is not None:
+            self._products_with(self.parameters.new_empty(0, self.size), "gradients")
+        elif self._sums is None:
             for _ in self.gradients():
                 pass
         if self._sums is None:
@@ -254,6 +274,14 @@ class NetworkProblem(Problem):
     def _fitting(self, rows: int) -> int:
         """How many images' rows of P numbers fit in a quarter of the room."""
         return max(1, min(MOST, int(self.room / 4 / (rows * self.size * 8))))
+
+
+def _of_part(vectors: Tensor, problem: NetworkProblem, part: slice) -> dict[str, Tensor]:
+    """What is kept of the gradients of some training images: products with vectors, norms, mean."""
+    within = problem.within(part)
+    products = within.dots(vectors)
+    mean, norms = within._summed()
+    return {"products": products, "norms": norms, "mean": mean}
 
 
 def _labelled(cotangents: Cotangents, labels: Tensor, logits: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torchloupe_core.errors import BadInput
-from torchloupe_core.methods.pieces import Call, Piece
-from torchloupe_core.methods.problem import Answer, Cotangents, Problem
-from torchloupe_core.methods.solvers import ROUNDING, singular
+from torchloupe_core.methods.influence.checkpoints import Checkpoint, along
+from torchloupe_core.methods.influence.lasting import summed
+from torchloupe_core.methods.influence.pieces import Call, Piece
+from torchloupe_core.methods.influence.problem import Answer, Cotangents, Problem
+from torchloupe_core.methods.influence.solvers import ROUNDING, singular
 from torchloupe_core.registry import method
 
 __all__ = ["Fisher", "Kronecker", "ekfac", "fitted", "kfac"]
@@ -20,6 +23,8 @@ __all__ = ["Fisher", "Kronecker", "ekfac", "fitted", "kfac"]
 Fisher = Literal["sampled", "exact", "empirical"]
 
 CHANGE = "the change when the training image is removed, to first order, with the curvature as products by layer"
+SIDES = ("reading", "back")
+SOLVED = 256  # vectors at once
 SHARE = 0.1  # of the mean eigenvalue: damping where there is no weight decay (Grosse et al. 2023, section 2.2)
 
 
@@ -73,15 +78,16 @@ class Kronecker:
         Where weight decays differ within a layer their mean counts in the layer's own basis.
         """
         sizes = [piece.size for piece, _ in self.parts]
-        found = []
-        for (_, part), own, extra in zip(
-            self.parts, torch.split(vectors, sizes, 1), torch.split(added, sizes), strict=True
-        ):
+        found = torch.empty_like(vectors)
+        places = [torch.split(one, sizes, -1) for one in (vectors, added, found)]
+        for (_, part), own, extra, place in zip(self.parts, *places, strict=True):
             if isinstance(part, Tensor):
-                found.append(own / (part + extra))
-            else:
-                found.append(part.turned_back(part.turned(own) / (part.eigenvalues + extra.mean())))
-        return torch.cat(found, 1)
+                place.copy_(own / (part + extra))
+                continue
+            for begin in range(0, len(own), SOLVED):
+                some = slice(begin, begin + SOLVED)
+                place[some] = part.turned_back(part.turned(own[some]) / (part.eigenvalues + extra.mean()))
+        return found
 
     @staticmethod
     def _of(part: Factors | Tensor) -> Tensor:
@@ -96,14 +102,17 @@ class Kronecker:
     "for convolutions Grosse and Martens 2016",
     random=True,
 )
-def kfac(problem: Problem, *, fisher: Fisher = "sampled", samples: int = 1) -> Answer:
+def kfac(
+    problem: Problem, *, fisher: Fisher = "sampled", samples: int = 1, checkpoints: Sequence[Checkpoint] = ()
+) -> Answer:
     """Each layer's Fisher matrix as the product of the second moments of what it reads and of what comes back to it.
 
     fisher: whose gradients come back: "sampled", `samples` random combinations of the outputs with the curvature of the
     loss as covariance; "exact", all K of them; "empirical", the loss for the labels. Parameters of other layers, as of
-    normalisation, have their own diagonal. Layers do not interact.
+    normalisation, have their own diagonal. Layers do not interact. checkpoints: the model with the weights of other
+    trainings, over which the scores are averaged; that of the model itself counts only without.
     """
-    return _answered(problem, fitted(problem, fisher, samples, corrected=False))
+    return _averaged_over(problem, checkpoints, partial(fitted, fisher=fisher, samples=samples, corrected=False))
 
 
 @method(
@@ -114,9 +123,11 @@ def kfac(problem: Problem, *, fisher: Fisher = "sampled", samples: int = 1) -> A
     "Grosse et al. 2023, Studying Large Language Model Generalization with Influence Functions",
     random=True,
 )
-def ekfac(problem: Problem, *, fisher: Fisher = "sampled", samples: int = 1) -> Answer:
+def ekfac(
+    problem: Problem, *, fisher: Fisher = "sampled", samples: int = 1, checkpoints: Sequence[Checkpoint] = ()
+) -> Answer:
     """K-FAC's eigenvectors with eigenvalues measured along them in one more pass. Options as of kfac."""
-    return _answered(problem, fitted(problem, fisher, samples, corrected=True))
+    return _averaged_over(problem, checkpoints, partial(fitted, fisher=fisher, samples=samples, corrected=True))
 
 
 def fitted(problem: Problem, fisher: Fisher, samples: int, *, corrected: bool) -> Kronecker:
@@ -125,15 +136,42 @@ def fitted(problem: Problem, fisher: Fisher, samples: int, *, corrected: bool) -
         raise BadInput(f'fisher is "sampled", "exact" or "empirical"; got {fisher!r}')
     if samples < 1:
         raise BadInput(f"samples is at least 1; got {samples}")
-    moments = _moments(problem, _cotangents(problem, fisher, samples))
-    factors = {piece: _eigen(piece, *both, problem.parameters) for piece, both in moments.items()}
+
+    def moments_of(part: Problem) -> dict[str, Tensor]:
+        found = _moments(part, _cotangents(part, fisher, samples))
+        return {
+            f"{side} {piece.module}": one
+            for piece, both in found.items()
+            for side, one in zip(SIDES, both, strict=True)
+        }
+
+    moments = _averaged(problem, "moments", moments_of)
+    factors: dict[Piece, Factors] = {}
+    for piece in problem.pieces:
+        both = [moments.get(f"{side} {piece.module}") for side in SIDES]
+        if both[0] is not None and both[1] is not None:
+            factors[piece] = _eigen(piece, both[0], both[1], problem.parameters)
     rest = [piece for piece in problem.pieces if piece not in factors]
     squares: dict[Piece, Tensor] = {}
+
+    def squares_of(part: Problem) -> dict[str, Tensor]:
+        found = _squares(part, _cotangents(part, fisher, samples), factors if corrected else {}, rest)
+        return {piece.module: one for piece, one in found.items()}
+
     if corrected or rest:
-        squares = _squares(problem, _cotangents(problem, fisher, samples), factors if corrected else {}, rest)
+        found = _averaged(problem, "squares", squares_of)
+        squares = {piece: found[piece.module] for piece in problem.pieces if piece.module in found}
     for piece in factors if corrected else ():
         factors[piece].eigenvalues = squares[piece]
     return Kronecker([(piece, factors.get(piece, squares.get(piece, torch.empty(0)))) for piece in problem.pieces])
+
+
+def _averaged(problem: Problem, name: str, of: Callable[[Problem], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `of` finds as means over images, from all of them or from the parts that are kept."""
+    if problem.lasting is None:
+        return of(problem)
+    parts = problem.lasting.each(name, problem, problem.n, lambda whole, part: of(whole.within(part)))
+    return {name: one.to(problem.handle.device) for name, one in summed(parts, problem.n).items()}
 
 
 def _cotangents(problem: Problem, fisher: Fisher, samples: int) -> Cotangents:
@@ -200,6 +238,22 @@ def _squares(
         for name, rows_ in others.items():
             add(by_name[name], rows_.square().sum((0, 1)))
     return found
+
+
+def _averaged_over(problem: Problem, checkpoints: Sequence[Checkpoint], fit: Callable[[Problem], Kronecker]) -> Answer:
+    """The answer of the model, or the mean of those of other weights of it."""
+    if not checkpoints:
+        return _answered(problem, fit(problem))
+    scores, facts = torch.zeros(()), list[Mapping[str, Any]]()
+    for there in along(problem, checkpoints):
+        answer = _answered(there, fit(there))
+        scores = scores + answer.scores.cpu() / len(checkpoints)
+        facts.append(answer.diagnostics)
+    eigenvalues = [one["eigenvalues"] for one in facts]
+    extremes = {"largest": max(e["largest"] for e in eigenvalues), "smallest": min(e["smallest"] for e in eigenvalues)}
+    damping = sum(one["damping"] for one in facts) / len(facts)
+    said = {**facts[0], "eigenvalues": extremes, "damping": damping, "models": len(checkpoints)}
+    return Answer(scores, f"{CHANGE}, the mean over {len(checkpoints)} models", diagnostics=said)
 
 
 def _answered(problem: Problem, curvature: Kronecker) -> Answer:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchloupe_core.methods.head import HeadProblem
-from torchloupe_core.methods.problem import LARGEST_EXPLICIT
+from torchloupe_core.methods.influence.head import HeadProblem
+from torchloupe_core.methods.influence.head_fit import refitted
+from torchloupe_core.methods.influence.problem import LARGEST_EXPLICIT
 
-__all__ = ["ranks", "spearman", "spot_check"]
+__all__ = ["pearson", "ranks", "spearman", "spot_check", "strongest"]
 
 STATIONARY = 0.05  # of a training image's gradient: the mean gradient of a model at the minimum of its loss
 
@@ -24,19 +25,19 @@ def spot_check(problem: HeadProblem, scores: Tensor, count: int, seed: int) -> d
     if problem.size > LARGEST_EXPLICIT:
         return None
     chosen = _chosen(scores, min(count, problem.n), seed)
-    refitted = problem.refitted([[index] for index in chosen])
-    there = ~refitted.isnan().any(1)
+    fits = refitted(problem, [[index] for index in chosen])
+    there = ~fits.isnan().any(1)
     chosen = [index for index, good in zip(chosen, there.tolist(), strict=True) if good]
     if scores.shape[0] == len(problem.tests):
-        actual = (problem.support(refitted[there]) - problem.support(problem.parameters[None])).T  # [T, m]
+        actual = (problem.support(fits[there]) - problem.support(problem.parameters[None])).T  # [T, m]
     else:
-        actual = problem.own_loss(refitted[there], chosen)[None]
+        actual = problem.own_loss(fits[there], chosen)[None]
     predicted = scores[:, chosen]
     return {
         "removed": chosen,
         "not_reached": int((~there).sum()),
         "spearman": _mean([spearman(a, b) for a, b in zip(predicted, actual, strict=True)]),
-        "pearson": _mean([_pearson(a, b) for a, b in zip(predicted, actual, strict=True)]),
+        "pearson": _mean([pearson(a, b) for a, b in zip(predicted, actual, strict=True)]),
         "slope": _slope(predicted, actual),
         "actual": actual.tolist(),
     }
@@ -44,7 +45,7 @@ def spot_check(problem: HeadProblem, scores: Tensor, count: int, seed: int) -> d
 
 def spearman(first: Tensor, second: Tensor) -> float:
     """The rank correlation of two rows of numbers; equal numbers share their mean rank."""
-    return _pearson(ranks(first), ranks(second))
+    return pearson(ranks(first), ranks(second))
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -54,15 +55,21 @@ def ranks(values: Tensor) -> Tensor:
     return (below(ordered, values).double() + below(ordered, values, right=True).double() - 1) / 2
 
 
+def strongest(scores: Tensor) -> Tensor:
+    """`[n]`: columns by the largest share that any row's score has of that row's largest."""
+    shares = (scores.abs() / scores.abs().amax(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)).amax(0)
+    return shares.argsort(descending=True, stable=True)
+
+
 def _chosen(scores: Tensor, count: int, seed: int) -> list[int]:
-    strongest = (scores.abs() / scores.abs().amax(1, keepdim=True).clamp(min=1e-300)).amax(0)
-    first = strongest.argsort(descending=True, stable=True)[: count // 2].tolist()
+    first = strongest(scores)[: count // 2].tolist()
     drawn = torch.randperm(scores.shape[1], generator=torch.Generator().manual_seed(seed)).tolist()
     taken = set(first)
     return sorted([*first, *[one for one in drawn if one not in taken][: count - len(first)]])
 
 
-def _pearson(first: Tensor, second: Tensor) -> float:
+def pearson(first: Tensor, second: Tensor) -> float:
+    """The linear correlation of two rows of numbers; NaN where one does not vary."""
     a, b = first.double() - first.double().mean(), second.double() - second.double().mean()
     scale = a.norm() * b.norm()
     return (a @ b / scale).item() if scale > 0 else float("nan")

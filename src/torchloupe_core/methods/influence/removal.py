@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchloupe_core.methods.head import HeadProblem
+from torchloupe_core.methods.influence.head import HeadProblem
 
 __all__ = ["newton_removal"]
 

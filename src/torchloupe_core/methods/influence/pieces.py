@@ -99,11 +99,10 @@ class Call:
             back = got.flatten(2).transpose(1, 2) if isinstance(self.module, nn.Conv2d) else got  # [N, L, C]
             yield back.reshape(self.images, -1, self.piece.groups, self.piece.outputs)
 
-    def gradients(self) -> Tensor:
-        """`[N, m, size]`: of each image."""
+    def gradients(self) -> Iterator[Tensor]:
+        """`[N, size]`, m times: of each image."""
         reads = self.reads()
-        found = [torch.einsum("nlgo,nlgi->ngoi", back, reads).flatten(1) for back in self.backs()]
-        return torch.stack(found, 1)
+        return (torch.einsum("nlgo,nlgi->ngoi", back, reads).flatten(1) for back in self.backs())
 
 
 def pieces_of(handle: Handle, names: Sequence[str]) -> list[Piece]:

@@ -58,6 +58,13 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def part(self, part: slice) -> TrainingImages:
+        """Some of the images, the first of which is number 0 then."""
+        found = copy.copy(self)
+        found.indices = self.indices[part]
+        found.kept = None if self.kept is None else self.kept[part]
+        return found
+
     def blocks(self, most: int) -> Iterator[Block]:
         """All images in order, at most so many at once, only those of one size together."""
         held: list[Tensor] = []
