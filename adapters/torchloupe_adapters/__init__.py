@@ -32,6 +32,25 @@ _CAPTUM = (
     "var_grad",
 )
 
+_GRAD_CAM = (
+    "ablation_cam",
+    "eigen_cam",
+    "eigen_grad_cam",
+    "fem",
+    "finer_cam",
+    "grad_cam",
+    "grad_cam++",
+    "grad_cam_elementwise",
+    "hires_cam",
+    "kpca_cam",
+    "layer_cam",
+    "random_cam",
+    "score_cam",
+    "seg_eigen_cam",
+    "shapley_cam",
+    "xgrad_cam",
+)
+
 METHODS = {
     **{
         ("explain", name): _CAM
@@ -45,6 +64,7 @@ METHODS = {
     ("explain", "sobol"): "torchloupe_core.methods.sobol",
     ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
+    **{("explain", f"grad_cam.{name}"): "torchloupe_adapters.grad_cam" for name in _GRAD_CAM},
     ("engine", "ray.data"): "torchloupe_adapters.ray",
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
