@@ -51,6 +51,19 @@ _GRAD_CAM = (
     "xgrad_cam",
 )
 
+_TORCHCAM = (
+    "cam",
+    "finer_cam",
+    "grad_cam",
+    "grad_cam++",
+    "is_cam",
+    "layer_cam",
+    "score_cam",
+    "smooth_grad_cam++",
+    "ss_cam",
+    "xgrad_cam",
+)
+
 METHODS = {
     **{
         ("explain", name): _CAM
@@ -65,6 +78,7 @@ METHODS = {
     ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
     **{("explain", f"grad_cam.{name}"): "torchloupe_adapters.grad_cam" for name in _GRAD_CAM},
+    **{("explain", f"torchcam.{name}"): "torchloupe_adapters.torchcam" for name in _TORCHCAM},
     ("engine", "ray.data"): "torchloupe_adapters.ray",
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",

@@ -164,7 +164,7 @@ def finer_cam(query: Query, *, alpha: float = 1.0) -> Map:
 def eigen_cam(query: Query) -> Map:
     """The centred features' projection on their first principal direction, the same for every target.
 
-    A direction has no sign, and the library leaves it to chance; it is given the one of eigen_cam, whose map this is, centred.
+    A direction has no sign, and the library leaves it to chance; it gets that of eigen_cam, whose map this is, centred.
     """
     return map_by(query, _asked("EigenCAM"), gradient=False)
 

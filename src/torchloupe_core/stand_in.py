@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchloupe_core.errors import NotApplicable
 from torchloupe_core.handle import Reading, pick
-from torchloupe_core.layout import Layout, from_map, to_map
+from torchloupe_core.layout import from_map, to_map
 from torchloupe_core.methods.cam import other_layer
 from torchloupe_core.query import Map, Query, finite
 
@@ -58,9 +58,7 @@ class StandIn(nn.Module):
                 scores = finite(pick(reading, targets))
                 output = self._wide(reading.logits()) if self.logits else scores[:, None]
         if graph and not output.requires_grad:
-            raise NotApplicable(
-                f"the target does not depend on layer {self.name!r}; {other_layer(part, self.name)}"
-            )
+            raise NotApplicable(f"the target does not depend on layer {self.name!r}; {other_layer(part, self.name)}")
         self.scores = scores.detach() if self.scores is None else self.scores
         return output
 
