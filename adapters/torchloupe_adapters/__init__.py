@@ -64,6 +64,14 @@ _TORCHCAM = (
     "xgrad_cam",
 )
 
+_ZENNIT = (
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+)
+
 METHODS = {
     **{
         ("explain", name): _CAM
@@ -79,6 +87,9 @@ METHODS = {
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
     **{("explain", f"grad_cam.{name}"): "torchloupe_adapters.grad_cam" for name in _GRAD_CAM},
     **{("explain", f"torchcam.{name}"): "torchloupe_adapters.torchcam" for name in _TORCHCAM},
+    **{("explain", f"zennit.{name}"): "torchloupe_adapters.zennit" for name in _ZENNIT},
+    ("explain", "lime.image"): "torchloupe_adapters.lime",
+    ("explain", "shap.partition"): "torchloupe_adapters.shap",
     ("engine", "ray.data"): "torchloupe_adapters.ray",
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
