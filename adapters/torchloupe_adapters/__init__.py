@@ -117,11 +117,17 @@ METHODS = {
 }
 
 SHORT_NAMES = {
-    "explain": {name: f"captum.{name}" for name in _CAPTUM},
+    "explain": {
+        **{name: f"captum.{name}" for name in _CAPTUM},
+        **{name: f"torchcam.{name}" for name in _TORCHCAM if ("explain", name) not in METHODS},
+        **{name: f"grad_cam.{name}" for name in _GRAD_CAM if ("explain", name) not in METHODS},
+        **{name: f"zennit.{name}" for name in _ZENNIT},
+    },
     "engine": {"ray": "ray.data"},
     "embed": {"pca": "sklearn.pca", "tsne": "sklearn.tsne", "umap": "umap.umap"},
 }
 
 registry.offer(METHODS)
+registry.synonym("explain", {"lime.image": "lime"})
 for _verb, _table in SHORT_NAMES.items():
     registry.alias(_verb, _table)
