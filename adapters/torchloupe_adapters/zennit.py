@@ -1,8 +1,8 @@
 """zennit: layer-wise relevance propagation by composites of rules. Under the LGPL, and installed by users alone.
 
 It works on a copy of the model, whose batch normalisation is merged into the layer before it, and whose parameters it
-may exchange. Additions, means and ReLUs between layers, out of its reach, hand relevance down as its Norm and Pass rules
-do; a model that computes more between its layers is refused.
+may exchange. Additions, means and ReLUs between layers, out of its reach, hand relevance down as its Norm and Pass
+rules do; a model that computes more between its layers is refused.
 """
 
 from __future__ import annotations
