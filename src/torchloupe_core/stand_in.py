@@ -65,7 +65,7 @@ class StandIn(nn.Module):
     def _pass(self, raw: Tensor) -> Tensor:
         """Lets the layer's maps through `.layer`, in single precision at least: numpy has no bfloat16."""
         maps = to_map(raw, self.layout)
-        maps = self.layer(self._wide(maps).clone())  # a view could not be detached
+        maps = self.layer(self._wide(maps))
         return from_map(maps.to(raw.dtype), self.layout, raw).clone()  # what follows may work in place
 
     @staticmethod

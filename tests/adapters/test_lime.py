@@ -21,6 +21,7 @@ def test_the_weights_are_those_the_library_gives_its_users() -> None:
     found = tl.explain(
         handle, inputs, target=2, method="lime.image", segments=SEGMENTS, n_samples=40, seed=7, baseline=0.3
     )
+    torch.testing.assert_close(found.scores, handle.score(inputs, "logit:2"))
     for index, image in enumerate(inputs):
 
         def logits(pictures: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ def test_the_first_halves_share_by_shapleys_formula(model: tl.Handle) -> None:
     halves = [torch.zeros(4, 4), torch.zeros(4, 4)]
     halves[0][:2], halves[1][2:] = 1, 1  # rows are split first
     none, first, second, both = (
-        float(model.module(X[:1] * mask)[0, 1]) for mask in (0 * halves[0], *halves, halves[0] + halves[1])
+        float(model.module(X[:1] * mask)[0, 1].detach()) for mask in (0 * halves[0], *halves, halves[0] + halves[1])
     )
     expected = [(first - none + both - second) / 2, (second - none + both - first) / 2]
     torch.testing.assert_close(torch.stack([found[:2].sum(), found[2:].sum()]), torch.tensor(expected))

@@ -91,6 +91,11 @@ def test_a_resnet_gets_what_zennit_gives_its_users(composite: str) -> None:
 
     torch.manual_seed(0)
     module = resnet18(num_classes=5).eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):  # so that it matters what it is merged into
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, std=0.2)
+            nn.init.normal_(part.running_mean, std=0.2)
     inputs = torch.randn(1, 3, 64, 64)
     model = tl.wrap(module, input_size=(3, 64, 64))
     name = {"EpsilonPlus": "epsilon_plus", "EpsilonAlpha2Beta1": "epsilon_alpha2_beta1"}.get(

@@ -82,6 +82,20 @@ def test_the_gradient_at_its_layer_is_that_of_the_models(specimen: str) -> None:
     torch.testing.assert_close(found.scores, expected.scores)
 
 
+def test_what_follows_in_place_does_not_reach_the_maps_a_library_keeps() -> None:
+    """As it would where no graph is made: libraries keep a tensor without copying it."""
+    query = asked("inplace", layer="conv3")  # an in-place ReLU follows
+    kept: list[Tensor] = []
+    with query.handle.borrow():
+        model = StandIn(query, "conv3")
+        model.layer.register_forward_hook(lambda module, given, output: kept.append(output.detach()))
+        model(query.inputs)
+        with query.handle.watch("conv3", shape=query.shape) as watch:
+            watch(query.inputs)
+    torch.testing.assert_close(kept[0], watch.map("conv3"))
+    assert (kept[0] < 0).any()
+
+
 def test_one_image_stands_for_all_its_variants_and_each_image_for_itself() -> None:
     handle, inputs = SPECIMENS["plain"]()
     query = Query(handle, inputs, handle.bind(["logit:ant", "logit:bee", "logit:cat"], inputs))
