@@ -55,7 +55,7 @@ def test_shares_of_anything_add_up_at_any_budget(model: tl.Handle) -> None:
 
 
 def test_the_first_halves_share_by_shapleys_formula(model: tl.Handle) -> None:
-    """Four questions: nothing, all and each half. Each half gets the mean of what it adds to nothing and to the other."""
+    """Of nothing, of all and of each half: a half gets the mean of what it adds to nothing and to the other."""
     found = tl.explain(model, X[:1], target=1, method="shap.partition", max_evals=4).values[0]
     halves = [torch.zeros(4, 4), torch.zeros(4, 4)]
     halves[0][:2], halves[1][2:] = 1, 1  # rows are split first
