@@ -39,6 +39,46 @@ _METRICS = {
     "sanity": ("completeness_gap", "input_invariance", "randomisation", "randomisation_rise", "seed_stability"),
 }
 
+_GRAD_CAM = (
+    "ablation_cam",
+    "eigen_cam",
+    "eigen_grad_cam",
+    "fem",
+    "finer_cam",
+    "grad_cam",
+    "grad_cam++",
+    "grad_cam_elementwise",
+    "hires_cam",
+    "kpca_cam",
+    "layer_cam",
+    "random_cam",
+    "score_cam",
+    "seg_eigen_cam",
+    "shapley_cam",
+    "xgrad_cam",
+)
+
+_TORCHCAM = (
+    "cam",
+    "finer_cam",
+    "grad_cam",
+    "grad_cam++",
+    "is_cam",
+    "layer_cam",
+    "score_cam",
+    "smooth_grad_cam++",
+    "ss_cam",
+    "xgrad_cam",
+)
+
+_ZENNIT = (
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+)
+
 METHODS = {
     **{
         ("explain", name): _CAM
@@ -52,6 +92,11 @@ METHODS = {
     ("explain", "sobol"): "torchloupe_core.methods.sobol",
     ("explain", "guided_grad_cam"): "torchloupe_core.methods.guided",
     **{("explain", f"captum.{name}"): "torchloupe_adapters.captum" for name in (*_CAPTUM, "grad_cam")},
+    **{("explain", f"grad_cam.{name}"): "torchloupe_adapters.grad_cam" for name in _GRAD_CAM},
+    **{("explain", f"torchcam.{name}"): "torchloupe_adapters.torchcam" for name in _TORCHCAM},
+    **{("explain", f"zennit.{name}"): "torchloupe_adapters.zennit" for name in _ZENNIT},
+    ("explain", "lime.image"): "torchloupe_adapters.lime",
+    ("explain", "shap.partition"): "torchloupe_adapters.shap",
     ("engine", "ray.data"): "torchloupe_adapters.ray",
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
@@ -90,11 +135,17 @@ METHODS = {
 }
 
 SHORT_NAMES = {
-    "explain": {name: f"captum.{name}" for name in _CAPTUM},
+    "explain": {
+        **{name: f"captum.{name}" for name in _CAPTUM},
+        **{name: f"torchcam.{name}" for name in _TORCHCAM if ("explain", name) not in METHODS},
+        **{name: f"grad_cam.{name}" for name in _GRAD_CAM if ("explain", name) not in METHODS},
+        **{name: f"zennit.{name}" for name in _ZENNIT},
+    },
     "engine": {"ray": "ray.data"},
     "embed": {"pca": "sklearn.pca", "tsne": "sklearn.tsne", "umap": "umap.umap"},
 }
 
 registry.offer(METHODS)
+registry.synonym("explain", {"lime.image": "lime"})
 for _verb, _table in SHORT_NAMES.items():
     registry.alias(_verb, _table)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
 from torchloupe_core.comparison import Comparison
 from torchloupe_core.dataset import DataSet, open_data
-from torchloupe_core.errors import BadInput, LoupeError, NotApplicable
+from torchloupe_core.errors import BadInput, LoupeError, MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.identity import of_data, of_model
 from torchloupe_core.memory import most_held
@@ -59,6 +59,7 @@ def compare(
     target: TargetLike | Sequence[TargetLike] | None = None,
     metrics: Sequence[str] | None = None,
     masks: Any = None,
+    across: Literal["backends"] | None = None,
     options: Options | None = None,
     layer: object = None,
     seed: int = 0,
@@ -76,7 +77,8 @@ def compare(
     `tl.methods("compare")`; without them insertion, deletion, average drop, sparsity and parameter randomisation, and
     with masks the pointing games and IoU. target: one for all images or one each; else each image's predicted logit;
     where a logit is explained, its probability is scored. masks: where the object is, `[N, H, W]` bool, or a folder of
-    pictures named like the images, white where it is. options: by the name of a method or metric, as
+    pictures named like the images, white where it is. across: "backends" adds each method as every other backend that
+    is installed has it, and notes how far their raw maps lie apart. options: by the name of a method or metric, as
     `{"rise": {"n_masks": 500}, "deletion": {"step": 8}}`. layer: for methods that read one. memory: measures the most
     that is held for one image. store: a folder to keep each 16 images' numbers in; the same call goes on there.
 
@@ -88,7 +90,7 @@ def compare(
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
     data = open_data(images, handle.spec)
-    ways, judges = _chosen(methods, metrics, masks, options or {}, layer)
+    ways, judges = _chosen(_across(methods, across), metrics, masks, options or {}, layer)
     order = _order(data)
     asked = None if target is None else as_targets(target, len(order))
     made_by = _made_by(handle, data, ways, judges, asked, seed, masks) if store is not None else {}
@@ -98,7 +100,9 @@ def compare(
     with progress_bar("compare", "images", progress) as report:
         for number, start in enumerate(range(0, len(order), GROUP)):
             chosen = order[start : start + GROUP]
-            group = _Group(handle, data, ways, judges, seed, batch_size, not number, memory, skip_failures)
+            group = _Group(
+                handle, data, ways, judges, seed, batch_size, not number, memory, skip_failures, bool(across)
+            )
             some = None if asked is None else asked[start : start + GROUP]
             found.append(kept.group(number, partial(group.judged, chosen, some, truth)))
             report(min(start + GROUP, len(order)), len(order))
@@ -160,6 +164,7 @@ class _Group:
     first: bool
     measures: bool
     skip_failures: bool
+    across: bool
 
     def judged(
         self, chosen: Sequence[int], asked: Sequence[Target] | None, truth: Any
@@ -175,6 +180,7 @@ class _Group:
         tensors["values"] = self._values(cases, facts)
         maps = {name: case.maps for name, case in cases.items()}
         tensors["agreement"], facts["alike"] = _agreement(list(maps.values()))
+        facts["apart"] = _apart(maps) if self.across else {}
         tensors["maps"] = torch.stack([one[:SHOWN] for one in maps.values()])
         tensors["images"] = self.handle.spec.display(inputs[:SHOWN]).float().cpu()
         facts["methods"] = list(maps)
@@ -217,7 +223,9 @@ class _Group:
             try:
                 held = self._held(again, inputs[:1]) if self.first else 0.0  # which prepares what a method needs
                 found = again.explained(inputs, targets)
-            except NotApplicable as refusal:
+            except (NotApplicable, MissingDependency) as refusal:
+                if isinstance(refusal, MissingDependency) and not self.across:
+                    raise
                 facts["refused"][way.name] = str(refusal)
                 continue
             costs.append([found.seconds, float(found.forwards), held])
@@ -280,6 +288,15 @@ def _chosen(
     )
 
 
+def _across(methods: Sequence[str], across: str | None) -> Sequence[str]:
+    """The methods, each followed by those that are the same in another backend."""
+    if across not in (None, "backends"):
+        raise BadInput(f'across is "backends" or None; got {across!r}')
+    if across is None or isinstance(methods, str):
+        return methods
+    return [other for name in methods for other in registry.same_method("explain", name).values()]
+
+
 def _found(verb: str, name: str) -> Method | None:
     try:
         return registry.find(verb, name)
@@ -326,6 +343,20 @@ def _agreement(maps: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
             if proportional(maps[i], maps[j]):
                 alike.append([i, j])
     return found, alike
+
+
+def _apart(maps: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """For each method that an earlier one is the same as: which, their largest difference, the largest value."""
+    found = {}
+    for name in maps:
+        first = (
+            next((one for one in registry.same_method("explain", name).values() if one in maps), name)
+            if (name not in FLOORS)
+            else name
+        )
+        if first != name:
+            found[name] = [first, float((maps[name] - maps[first]).abs().max()), float(maps[first].abs().max())]
+    return found
 
 
 def _joined(
@@ -375,13 +406,17 @@ def _joined(
         images=first["images"],
         targets=tuple(text for _, one in there for text in one["targets"]),
         refused=refused,
-        notes=_notes(names, metrics, values, same),
+        notes=_notes(names, metrics, values, same, [one["apart"] for _, one in there]),
         skipped=skipped,
     )
 
 
 def _notes(
-    names: Sequence[str], metrics: Sequence[str], values: Tensor, same: set[tuple[int, ...]]
+    names: Sequence[str],
+    metrics: Sequence[str],
+    values: Tensor,
+    same: set[tuple[int, ...]],
+    apart: Sequence[Mapping[str, Sequence[Any]]],
 ) -> dict[str, list[str]]:
     """What the numbers alone do not tell: methods that are one, and methods that look past the model."""
     notes: dict[str, list[str]] = {}
@@ -390,6 +425,11 @@ def _notes(
         bare = {name.split(".")[-1].replace("gradcam", "grad_cam") for name in pair}
         why = f"; {POOLED}" if bare <= CAMS and len(bare) > 1 else ""
         notes.setdefault(pair[0], []).append(f"the same maps as {pair[1]} up to scale{why}")
+    for name, (first, *_) in apart[0].items():
+        difference, largest = (max(one[name][place] for one in apart) for place in (1, 2))
+        notes.setdefault(name, []).append(
+            f"its raw maps lie at most {difference:.2g} from those of {first}, whose largest value is {largest:.2g}"
+        )
     if "randomisation" in metrics:
         place = metrics.index("randomisation")
         for row, name in enumerate(names):

@@ -8,6 +8,7 @@ import importlib.metadata
 __all__ = ["versions"]
 
 DISTRIBUTIONS = {  # where a backend's package is called otherwise
+    "grad_cam": "grad-cam",
     "lucent": "torch-lucent",
     "sklearn": "scikit-learn",
     "umap": "umap-learn",

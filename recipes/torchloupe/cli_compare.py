@@ -21,6 +21,7 @@ __all__ = ["compare"]
 @click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
 @click.option("--methods", multiple=True, metavar="M,M", help="Of torchloupe methods explain; four unless given.")
 @click.option("--metrics", multiple=True, metavar="M,M", help="Of torchloupe methods compare.")
+@click.option("--across", type=click.Choice(["backends"]), help="Each method as every backend has it.")
 @click.option("--masks", type=FILE, help="Folder of pictures named like those in FOLDER, white where the object is.")
 @click.option("--target", help="As in logit:dog; each picture's predicted class unless given.")
 @click.option("--layer", help="Where methods that read a layer look; the last spatial one unless given.")

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Grid", "Layout", "infer", "plausible_grid", "to_map"]
+__all__ = ["Grid", "Layout", "from_map", "infer", "plausible_grid", "to_map"]
 
 Grid = tuple[int, int]
 Order = Literal["nchw", "nhwc", "tokens", "vector"]
@@ -66,6 +67,25 @@ def to_map(activation: Tensor, layout: Layout) -> Tensor:
     if layout.unrolled:
         patches = _rolled(patches, layout)
     return patches.transpose(1, 2).reshape(len(patches), -1, *layout.grid)
+
+
+def from_map(maps: Tensor, layout: Layout, activation: Tensor) -> Tensor:
+    """Maps `[N, C, h, w]` in the order of a layer's raw output, the inverse of `to_map`; differentiable.
+
+    activation: the raw output the maps were read from; its tokens before the grid are kept.
+    """
+    if layout.order == "nchw":
+        return maps
+    if layout.order == "nhwc":
+        return maps.permute(0, 2, 3, 1)
+    if layout.order == "vector":
+        return maps[:, :, 0, 0]
+    patches = maps.flatten(2).transpose(1, 2)  # [N, h*w, C]
+    if layout.unrolled:
+        tokens = torch.arange(patches.shape[1], device=maps.device)
+        row_by_row = _rolled(tokens[None, :, None], layout)[0, :, 0]  # the token at each position
+        patches = patches[:, row_by_row.argsort()]
+    return torch.cat([activation[:, : layout.prefix], patches], 1)
 
 
 def _rolled(patches: Tensor, layout: Layout) -> Tensor:

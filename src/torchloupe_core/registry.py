@@ -22,7 +22,18 @@ from typing import Any, TypeVar
 
 from torchloupe_core.errors import BadInput, UnknownName
 
-__all__ = ["ENTRY_POINTS", "Method", "alias", "find", "method", "methods", "offer", "registered"]
+__all__ = [
+    "ENTRY_POINTS",
+    "Method",
+    "alias",
+    "find",
+    "method",
+    "methods",
+    "offer",
+    "registered",
+    "same_method",
+    "synonym",
+]
 
 ENTRY_POINTS = "torchloupe.adapters"
 
@@ -70,6 +81,7 @@ class Method:
 _registered: dict[tuple[str, str], Method] = {}
 _offered: dict[tuple[str, str], str] = {}
 _aliases: dict[tuple[str, str], str] = {}
+_synonyms: dict[tuple[str, str], str] = {}
 
 
 def method(
@@ -125,6 +137,26 @@ def offer(table: Mapping[tuple[str, str], str]) -> None:
 def alias(verb: str, table: Mapping[str, str]) -> None:
     """Lets a bare name without a native owner stand for an ecosystem's method."""
     _aliases.update({(verb, short): full for short, full in table.items()})
+
+
+def synonym(verb: str, table: Mapping[str, str]) -> None:
+    """Says which method an ecosystem's is where its own name does not: `{"lime.image": "lime"}`."""
+    _synonyms.update({(verb, full): bare for full, bare in table.items()})
+
+
+def same_method(verb: str, name: str) -> dict[str, str]:
+    """The same method in each backend that has it, `{backend: name}`, the native one first.
+
+    `grad_cam` is `captum.grad_cam`, `grad_cam.grad_cam` and `torchcam.grad_cam` as well. By name: whether they give the
+    same map is for a comparison to say. Raises `UnknownName`.
+    """
+    wanted = _without_backend(find(verb, name))
+    found = {entry.backend: entry.name for entry in methods(verb) if _without_backend(entry) == wanted}
+    return dict(sorted(found.items(), key=lambda pair: (pair[0] != "native", pair[0])))
+
+
+def _without_backend(entry: Method) -> str:
+    return _synonyms.get((entry.verb, entry.name), entry.name.removeprefix(f"{entry.backend}."))
 
 
 def find(verb: str, name: str) -> Method:

@@ -1,16 +1,20 @@
-"""Every registered method of `explain` on every specimen keeps every promise of the contract."""
+"""Every registered method of `explain` on every specimen keeps every promise of the contract.
+
+Those of packages that need not be installed are in `test_peer_methods.py`.
+"""
 
 from __future__ import annotations
 
 import functools
 
 import pytest
-import torch
-from torch import nn
+from small import goes_on_in_smaller_batches
 
 import torchloupe as tl
 from torchloupe_core.checks import Trial
 from torchloupe_core.specimens import SPECIMENS
+
+PEERS = {"grad_cam", "lime", "shap", "torchcam", "zennit"}
 
 # Small options for costly methods.
 OPTIONS = {
@@ -25,7 +29,7 @@ OPTIONS = {
     "captum.smooth_grad": {"n_samples": 4},
     "captum.var_grad": {"n_samples": 4},
 }
-METHODS = [entry.name for entry in tl.methods("explain")]
+METHODS = [entry.name for entry in tl.methods("explain") if entry.backend not in PEERS]
 
 # Which methods refuse which specimens, so that neither a refusal nor an answer appears unnoticed.
 NO_RELU_MODULES = {"concat", "depthwise", "nhwc", "vit_registers"}
@@ -69,31 +73,7 @@ def test_every_specimen_has_several_methods() -> None:
         assert len(answering) >= 5, specimen
 
 
-class Small(nn.Module):
-    """A model whose device holds three images at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.head, self.most = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3), 10**6
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        found: torch.Tensor = self.head(self.conv(x).relu().mean((2, 3)))
-        return found
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_every_method_goes_on_in_smaller_batches(method: str, batch_size: int | None) -> None:
-    images, options = torch.randn(7, 3, 16, 16), OPTIONS.get(method, {})
-    roomy, small = (tl.wrap(Small(), input_size=(3, 16, 16)) for _ in range(2))
-    try:
-        expected = tl.explain(roomy, images, target=1, method=method, batch_size=2, **options)
-    except tl.errors.NotApplicable:
-        pytest.skip("not for this model")
-    assert small.layers  # traced with two images
-    small.module.most = 3
-    found = tl.explain(small, images, target=1, method=method, batch_size=batch_size, **options)
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-6)
+    goes_on_in_smaller_batches(method, batch_size, OPTIONS.get(method, {}))

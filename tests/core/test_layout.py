@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchloupe_core.layout import Layout, infer, plausible_grid, to_map
+from torchloupe_core.layout import Layout, from_map, infer, plausible_grid, to_map
 
 
 def numbered(*shape: int) -> Tensor:
@@ -199,3 +199,22 @@ def test_plausible_grids() -> None:
     assert not plausible_grid((7, 14), (224, 224))
     assert not plausible_grid((448, 448), (224, 224))
     assert not plausible_grid((1, 7), (224, 224))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 3, 4, 5), Layout("nchw", 3, (4, 5))),
+        ((2, 4, 5, 3), Layout("nhwc", 3, (4, 5))),
+        ((2, 7), Layout("vector", 7)),
+        ((2, 5 + 3 * 4, 6), Layout("tokens", 6, (3, 4), 5)),
+        ((2, 12 * 8, 3), Layout("tokens", 3, (12, 8), unrolled=((2, 1), (3, 2)))),
+    ],
+)
+def test_maps_go_back_to_where_they_were_read(shape: tuple[int, ...], layout: Layout) -> None:
+    x = numbered(*shape)
+    assert torch.equal(from_map(to_map(x, layout), layout, x), x)
+    zeroed = from_map(torch.zeros_like(to_map(x, layout)), layout, x)
+    before = 5 if layout.prefix else 0
+    assert not zeroed[:, before:].any()
+    assert torch.equal(zeroed[:, :before], x[:, :before])  # the class token is not part of the map

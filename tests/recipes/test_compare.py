@@ -225,3 +225,29 @@ def test_memory_is_measured_if_asked(scenes: Any) -> None:
     found = tl.compare("demo", scenes.images[:2], memory=True, **QUICK)
     assert (found.memory[:2] > 1e5).all() and found.memory[2:].isnan().all()
     assert "MiB" in found.table()
+
+
+def test_one_method_in_every_backend(scenes: Any) -> None:
+    found = tl.compare(
+        "demo",
+        scenes.images[:3],
+        methods=["grad_cam"],
+        across="backends",
+        metrics=["deletion"],
+        progress=False,
+        options={"deletion": {"step": 512}},
+    )
+    there = [name for name in found.methods if name not in FLOORS]
+    assert {"grad_cam", "captum.grad_cam"} <= set(there)
+    assert {*there, *found.refused} == {"grad_cam", "captum.grad_cam", "grad_cam.grad_cam", "torchcam.grad_cam"}
+    targets = [tl.target(one) for one in found.targets]
+    native = tl.explain("demo", scenes.images[:3], target=targets).values
+    for name in there[1:]:
+        assert any("its raw maps lie at most" in note and "of grad_cam" in note for note in found.notes[name])
+        other = tl.explain(
+            "demo", scenes.images[:3], target=[tl.target(one) for one in found.targets], method=name
+        ).values
+        assert (other - native).abs().max() <= 1e-4
+        assert found.row(name, "deletion").rank == 1
+    with pytest.raises(BadInput, match="across is"):
+        tl.compare("demo", scenes.images[:3], across="models", **QUICK)

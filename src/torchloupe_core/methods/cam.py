@@ -28,6 +28,7 @@ __all__ = [
     "hires_cam",
     "layer_cam",
     "layer_gradient",
+    "other_layer",
     "xgrad_cam",
 ]
 
@@ -195,22 +196,23 @@ def layer_gradient(query: Query, layer: str) -> tuple[Tensor, Tensor, Tensor]:
 def gradient_at(query: Query, layer: str, scores: Tensor, raw: Tensor, *, keep_graph: bool = False) -> Tensor:
     """The gradient of the scores with respect to a layer's raw tensor, as a map `[N, C, h, w]`."""
     if not scores.requires_grad:
-        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
+        raise NotApplicable(f"the target does not depend on layer {layer!r}; {other_layer(query, layer)}")
     with torch.enable_grad():
         kept = True if keep_graph else None
         (gradient,) = torch.autograd.grad(scores.sum(), raw, allow_unused=True, retain_graph=kept)
     layout = query.handle.layer(layer, query.shape).layout
     if gradient is None or layout is None:
-        raise NotApplicable(f"the target does not depend on layer {layer!r}; {_suggestion(query, layer)}")
+        raise NotApplicable(f"the target does not depend on layer {layer!r}; {other_layer(query, layer)}")
     patches = to_map(gradient, layout)
     if layout.prefix and not patches.any() and gradient.any():
         raise NotApplicable(
-            f"after {layer!r} only the class token counts, so its patches have no gradient; {_suggestion(query, layer)}"
+            f"after {layer!r} only the class token counts, so its patches have no gradient; {other_layer(query, layer)}"
         )
     return patches
 
 
-def _suggestion(query: Query, failed: str) -> str:
+def other_layer(query: Query, failed: str) -> str:
+    """What to say of a layer without a gradient: which one would work."""
     first = [name for bound in query.targets for name in bound.target.layers]
     other = query.handle.features_at(query.shape, first[0] if first else None)
     return f"layer={other!r} would work" if other != failed else "name another with layer="

@@ -13,7 +13,7 @@ from torchloupe_core.errors import NotApplicable
 from torchloupe_core.query import Query, finite
 from torchloupe_core.recorded import Outputs
 
-__all__ = ["Masked", "Masks"]
+__all__ = ["Masked", "Masks", "values_under"]
 
 
 class Masks(Protocol):
@@ -68,3 +68,13 @@ class Masked:
             self.outputs = torch.empty(len(self._fillings), 1 + len(self.masks), outputs.shape[1])
         self.outputs[index, row : row + len(outputs)] = outputs
         return finite(part.targets[0].read(Outputs(outputs)))
+
+
+def values_under(part: Query, begin: Tensor, masks: Tensor) -> Tensor:
+    """One image's target `[n]` under masks `[n, H, W]`; what they hide comes from `begin [C, H, W]`."""
+
+    def ask(start: int, stop: int) -> Tensor:
+        shown = masks[start:stop].to(part.inputs)[:, None]  # [m, 1, H, W]
+        return part.score(torch.lerp(begin, part.inputs, shown), [0] * (stop - start))
+
+    return torch.cat([values for _, _, values in part.pace.run(len(masks), ask)])
