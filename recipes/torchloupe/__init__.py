@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchloupe._explain import explain
     from torchloupe._facets import facets
     from torchloupe._features import features
+    from torchloupe._fool import fool
     from torchloupe._influence import influence
     from torchloupe._interactions import class_prototype, directions, interactions, spectrum
     from torchloupe._models import load, wrap
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from torchloupe_core.examples import Examples
     from torchloupe_core.features import FeatureSet
     from torchloupe_core.filters import Filters
+    from torchloupe_core.fooled import Fooled
     from torchloupe_core.gallery import Gallery
     from torchloupe_core.handle import Handle
     from torchloupe_core.influence import Influence
@@ -80,6 +82,7 @@ __all__ = [
     "Examples",
     "FeatureSet",
     "Filters",
+    "Fooled",
     "Gallery",
     "Grid",
     "Handle",
@@ -110,6 +113,7 @@ __all__ = [
     "explain",
     "facets",
     "features",
+    "fool",
     "influence",
     "interactions",
     "interpolate",
@@ -145,6 +149,7 @@ _HOMES = {
     "Examples": "torchloupe_core.examples",
     "FeatureSet": "torchloupe_core.features",
     "Filters": "torchloupe_core.filters",
+    "Fooled": "torchloupe_core.fooled",
     "Grid": "torchloupe_core.evengrid",
     "Handle": "torchloupe_core.handle",
     "Influence": "torchloupe_core.influence",
@@ -171,6 +176,7 @@ _HOMES = {
     "explain": "torchloupe._explain",
     "features": "torchloupe._features",
     "facets": "torchloupe._facets",
+    "fool": "torchloupe._fool",
     "interactions": "torchloupe._interactions",
     "influence": "torchloupe._influence",
     "load": "torchloupe._models",

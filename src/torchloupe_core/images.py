@@ -21,9 +21,21 @@ from torch.nn import functional as F
 from torchloupe_core.errors import BadInput
 from torchloupe_core.spec import Preprocess, Spec, resize_and_normalise
 
-__all__ = ["SUFFIXES", "Pixels", "find", "finite", "open_picture", "read", "read_one", "read_pixels"]
+__all__ = [
+    "SUFFIXES",
+    "Pixels",
+    "find",
+    "finite",
+    "open_picture",
+    "read",
+    "read_one",
+    "read_pixels",
+    "require_pictures",
+]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+OUTSIDE = 0.5 / 255  # of [0, 1], that rounding may have led
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,7 @@ def read_pixels(
     if isinstance(images, Tensor) and images.is_floating_point():
         inputs = images[None] if images.ndim == 3 else images
         _check(inputs, spec, sized=False)
-        if (spec.mean is None or spec.std is None) and (inputs.amin() < 0 or inputs.amax() > 1):
-            raise BadInput(
-                "these model inputs are outside [0, 1] and the model's mean and std are not known, so they are no "
-                "pictures; tl.wrap(module, mean=, std=), or give uint8 pictures"
-            )
+        require_pictures(inputs, spec)
         values = spec.pixels(inputs.detach())
     else:
         parts = [_picture_pixels(image, name, spec) for name, image in _named(images)]
@@ -63,6 +71,25 @@ def read_pixels(
         values = _scaled(values, longest)
     with torch.inference_mode(False):
         return Pixels(values.to(device, dtype, copy=True))
+
+
+def require_pictures(inputs: Tensor, spec: Spec) -> None:
+    """Raises `BadInput` for model inputs `[N, C, H, W]` that no picture gives, whose pixels are outside [0, 1]."""
+    low, high = inputs.amin((2, 3)), inputs.amax((2, 3))  # [N, C]
+    known = spec.mean is not None and spec.std is not None
+    if spec.mean is not None and spec.std is not None:
+        mean, std = inputs.new_tensor(spec.mean), inputs.new_tensor(spec.std)
+        low, high = low * std + mean, high * std + mean
+    if bool((low < -OUTSIDE).any() or (high > 1 + OUTSIDE).any()):
+        raise BadInput(
+            f"as pixels these model inputs go from {low.min().item():.3g} to {high.max().item():.3g}, which is no "
+            "picture in [0, 1]; "
+            + (
+                "normalise them as the model's spec does, or give uint8 pictures"
+                if known
+                else "the model's mean and std are not known: tl.wrap(module, mean=, std=)"
+            )
+        )
 
 
 def read(images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype) -> Tensor:

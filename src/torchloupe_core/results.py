@@ -43,6 +43,7 @@ _HOMES = {
     "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
+    "Fooled": "torchloupe_core.fooled",
     "Grid": "torchloupe_core.evengrid",
     "Influence": "torchloupe_core.influence",
     "Neighbors": "torchloupe_core.neighbors",

@@ -19,9 +19,7 @@ def places(size: Size, tile: Size) -> list[Size]:
     return [(row, column) for row in rows for column in columns]
 
 
-def in_tiles(
-    ask: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, tile: Size
-) -> tuple[Tensor, Tensor]:
+def in_tiles(ask: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, tile: Size) -> tuple[Tensor, Tensor]:
     """What `ask` gives for images `[n, C, H, W]`, a value each `[n]` and its gradient, asked tile by tile.
 
     The value is the mean over the tiles, the gradient that of each pixel in its own tile, averaged where tiles overlap:
