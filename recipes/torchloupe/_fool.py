@@ -51,7 +51,7 @@ def fool(
     8/255 unless given, or "l2", eps the norm of the whole change, 1 unless given; pixels are in [0, 1]. method: "pgd",
     with `steps`, `step_size` and `restarts`, or "fgsm", one step. loss: "prob", the class's probability, whose
     direction is the cross-entropy's, or "margin", its logit against the largest other one (Carlini and Wagner 2017),
-    which does not vanish where the model is sure.
+    which is taken for an image too where the model is so sure that its probability has no gradient.
 
     Images given and made are those a file of 8 bits holds, each change a whole number of levels and the whole within
     eps; eight_bit=False leaves them as they are computed. What the model sees is asked anew of these. Raises
@@ -70,7 +70,7 @@ def fool(
     with handle.borrow(), progress_bar("fool", "steps", progress) as report:
         before = seen(handle, given, together)
         aims = aims_of(handle, target, given, before)
-        goals = [goal(loss, aim, int(row.argmax())) for aim, row in zip(aims, before, strict=True)]
+        goals = [goal(handle, loss, aim, row) for aim, row in zip(aims, before, strict=True)]
         attack = Attack(handle, given, goals, norm, radius, seed, batch_size, interruptible, report)
         runs = _complete(way.run(attack, **options))
         n = len(runs[0].images)  # fewer if interrupted

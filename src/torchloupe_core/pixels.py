@@ -52,7 +52,8 @@ def nearest(images: Tensor, centre: Tensor, eps: float | None, norm: str) -> Ten
     if norm == "linf":
         return centre + moved.clamp(-eps, eps)
     length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return centre + moved * (eps / length.clamp(min=TINY)).clamp(max=1.0)
+    inside: Tensor = centre + moved * (eps / length.clamp(min=TINY)).clamp(max=1.0)
+    return inside
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Near(Parametrization):
             return (2 * draw.uniform(*shape) - 1) * eps
         direction = draw(*shape)
         direction = direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        return direction * eps * draw.uniform(1, 1, 1)
+        noise: Tensor = direction * eps * draw.uniform(1, 1, 1)
+        return noise
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):

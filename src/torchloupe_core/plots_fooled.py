@@ -14,6 +14,7 @@ from torchloupe_core.making import pictures
 __all__ = ["magnified"]
 
 MOST, TILE = 12, 1.75  # inches
+GOOD, BAD = "#1a7f45", "#b3261e"
 REACH = 0.5  # of the pixel range, to which the largest change is magnified
 
 
@@ -34,15 +35,19 @@ def _draw_fooled(fooled: Fooled, new_figure: Callable[..., Any], *, most: int = 
             f"{name} {100 * each[row].max().item():.0f}%"
             for name, each in zip(fooled.seen(row), (fooled.before, fooled.after), strict=True)
         ]
+        aim = int(fooled.aims[row])
+        if aim >= 0 and not fooled.success[row]:
+            seen[1] += f", {fooled.name(aim)} {100 * fooled.after[row, aim].item():.0f}%"
         titles = (seen[0], f"difference x{factor:.3g}", seen[1])
-        for one, picture, title in zip(axes[row], (given[row], difference, images[row]), titles, strict=True):
+        colours = ("black", "black", GOOD if fooled.success[row] else BAD)
+        shown = zip(axes[row], (given[row], difference, images[row]), titles, colours, strict=True)
+        for one, picture, title, colour in shown:
             one.imshow(
                 picture.permute(1, 2, 0).clamp(0, 1).numpy(),
                 interpolation="nearest" if picture.shape[-1] < 128 else None,
             )
             one.set_axis_off()
-            one.set_title(plots.escaped(title), fontsize=7.5, loc="left", pad=3)
-        axes[row][2].title.set_color("#1a7f45" if fooled.success[row] else "#b3261e")
+            one.set_title(plots.escaped(title), fontsize=7.5, loc="left", pad=3, color=colour)
     note = f"{int(fooled.success.sum())} of {len(fooled)} fooled, {_bound(fooled)}"
     drawing.supxlabel(plots.escaped("; ".join(filter(None, (note, fooled.stopped)))), fontsize=7)
     return drawing, axes

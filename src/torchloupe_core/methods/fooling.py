@@ -29,6 +29,7 @@ from torchloupe_core.task import Made
 __all__ = ["LEVELS", "Attack", "aims_of", "fgsm", "goal", "lead", "pgd", "rounded", "seen"]
 
 LEVELS = 255
+SURE, FAINT = 1e-6, 1e-20  # what a probability in single precision still has a gradient of
 STRIDE = 2.5  # the steps of PGD together are that many times eps long (Madry et al. 2018, section 5)
 
 
@@ -126,7 +127,7 @@ def seen(handle: Handle, images: Tensor, size: int) -> Tensor:
     shape = (images.shape[1], images.shape[2], images.shape[3])
     found = []
     with handle.watch(shape=shape) as watch:
-        for part in images.split(size):
+        for part in torch.split(images, size):
             inputs = handle.spec.normalised(part.to(handle.device)).to(handle.dtype)
             found.append(handle.logits(watch(inputs)).float().cpu())
     return torch.cat(found)
@@ -160,12 +161,20 @@ def aims_of(
     return list(aims)
 
 
-def goal(loss: str, aim: int | None, own: int) -> Target:
-    """What to maximise for an image to be seen as `aim`, or as anything but its `own` class."""
+def goal(handle: Handle, loss: str, aim: int | None, logits: Tensor) -> Target:
+    """What to maximise for an image with logits `[K]` to be seen as `aim`, or as anything but what it is.
+
+    The margin in place of a probability that is so sure that rounding leaves no gradient of it.
+    """
     if loss not in ("prob", "margin"):
         raise BadInput(f'loss is "prob" or "margin"; got {loss!r}')
-    of = prob if loss == "prob" else margin
-    return -of(own) if aim is None else of(aim)
+    own, shares = int(logits.argmax()), logits.softmax(0)
+    sure = (shares[own] > 1 - SURE) if aim is None else shares[aim] < FAINT
+    of = margin if loss == "margin" or bool(sure) else prob
+    label = own if aim is None else aim
+    name = handle.name_of(label)
+    found = of(name if (handle.classes or ()).count(name) == 1 else label)
+    return -found if aim is None else found
 
 
 def lead(logits: Tensor, aims: Sequence[int | None], before: Tensor) -> Tensor:
