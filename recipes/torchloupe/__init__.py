@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
     from torchloupe._descents import descents
+    from torchloupe._dream import dream
     from torchloupe._embed import embed
     from torchloupe._examples import examples
     from torchloupe._explain import explain
@@ -107,6 +108,7 @@ __all__ = [
     "descents",
     "direction",
     "directions",
+    "dream",
     "embed",
     "errors",
     "examples",
@@ -171,6 +173,7 @@ _HOMES = {
     "embed": "torchloupe._embed",
     "descents": "torchloupe._descents",
     "directions": "torchloupe._interactions",
+    "dream": "torchloupe._dream",
     "errors": "torchloupe.errors:",
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",

@@ -17,6 +17,8 @@ NEAREST, FURTHEST = 0.1, 0.5  # by how much a step that is too long is cut
 TRIES = 12  # then the direction is given up for the gradient
 TINY = 1e-20
 
+Pair = tuple[Tensor, Tensor, Tensor]  # step [n, D], change of the gradient [n, D], 1 / their product [n], or 0
+
 
 class LBFGS(Descent):
     """Nocedal 1980 with a backtracking line search (Nocedal and Wright, algorithms 3.1 and 7.4).
@@ -33,7 +35,7 @@ class LBFGS(Descent):
         n = len(self._at)
         self._length = self._at.new_ones(n)
         self._tries = torch.zeros(n, dtype=torch.long, device=self._at.device)
-        self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps [n, D], changes [n, D], 1 / their product [n]
+        self._pairs: list[Pair] = []
         self._begun = False
 
     @torch.no_grad()
@@ -67,8 +69,7 @@ class LBFGS(Descent):
         change = torch.where(taken[:, None], gradient - self._gradient, 0.0)
         product = (step * change).sum(1)
         curved = product > 1e-10 * change.square().sum(1)
-        self._pairs.append((step, change, torch.where(curved, 1 / product.clamp(min=TINY), 0.0)))
-        del self._pairs[:-MEMORY]
+        self._remember(taken, (step, change, torch.where(curved, 1 / product.clamp(min=TINY), 0.0)))
         self._at = self._at + step
         self._gradient = torch.where(taken[:, None], gradient, self._gradient)
         self._losses = torch.where(taken, losses, self._losses)
@@ -76,6 +77,13 @@ class LBFGS(Descent):
         self._tries = torch.where(taken, 0, self._tries)
         self._direction = torch.where(taken[:, None], -self._scaled(self._gradient), self._direction)
         self._turn_downhill(taken & ((self._gradient * self._direction).sum(1) >= 0))
+
+    def _remember(self, taken: Tensor, pair: Pair) -> None:
+        """One more pair for the images that moved; those that stayed keep all they have."""
+        moved, stayed = [*self._pairs, pair], [_nothing(pair), *self._pairs]
+        if not bool(taken.all()):
+            moved = [_chosen(taken, one, other) for one, other in zip(moved, stayed, strict=True)]
+        self._pairs = moved[-MEMORY:]
 
     def _cut(self, refused: Tensor, losses: Tensor, slope: Tensor) -> None:
         """The next trial is nearer: at the minimum of the parabola through what is known, within limits."""
@@ -122,3 +130,15 @@ class LBFGS(Descent):
         parts = torch.split(numbers, [one[0].numel() for one in self.tensors], 1)
         for tensor, part in zip(self.tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _nothing(pair: Pair) -> Pair:
+    step, change, inverse = pair
+    return torch.zeros_like(step), torch.zeros_like(change), torch.zeros_like(inverse)
+
+
+def _chosen(which: Tensor, one: Pair, other: Pair) -> Pair:
+    step, change, inverse = (
+        torch.where(which.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(one, other, strict=True)
+    )
+    return step, change, inverse
