@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torchloupe._fool import fool
     from torchloupe._influence import influence
     from torchloupe._interactions import class_prototype, directions, interactions, spectrum
+    from torchloupe._invert import invert
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
@@ -119,6 +120,7 @@ __all__ = [
     "influence",
     "interactions",
     "interpolate",
+    "invert",
     "layer",
     "load",
     "logit",
@@ -182,6 +184,7 @@ _HOMES = {
     "fool": "torchloupe._fool",
     "interactions": "torchloupe._interactions",
     "influence": "torchloupe._influence",
+    "invert": "torchloupe._invert",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "neighbors": "torchloupe._neighbors",

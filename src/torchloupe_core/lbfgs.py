@@ -14,6 +14,7 @@ __all__ = ["LBFGS"]
 MEMORY = 10  # pairs of steps and changes of the gradient
 ENOUGH = 1e-4  # of what the slope promises (Armijo)
 NEAREST, FURTHEST = 0.1, 0.5  # by how much a step that is too long is cut
+FIRST, STRETCH = 0.1, 2.0  # by how much the first trial moves a number, at most; a step without curvature is stretched
 TRIES = 12  # then the direction is given up for the gradient
 TINY = 1e-20
 
@@ -73,7 +74,8 @@ class LBFGS(Descent):
         self._at = self._at + step
         self._gradient = torch.where(taken[:, None], gradient, self._gradient)
         self._losses = torch.where(taken, losses, self._losses)
-        self._length = torch.where(taken, 1.0, self._length)
+        longer = torch.where(curved, 1.0, STRETCH * self._length)  # where the slope grows along the way, go on
+        self._length = torch.where(taken, longer, self._length)
         self._tries = torch.where(taken, 0, self._tries)
         self._direction = torch.where(taken[:, None], -self._scaled(self._gradient), self._direction)
         self._turn_downhill(taken & ((self._gradient * self._direction).sum(1) >= 0))
@@ -97,11 +99,11 @@ class LBFGS(Descent):
         """Some images forget what they know of the curvature and begin anew along the gradient."""
         if not bool(which.any()):
             return
-        first = self.lr / self._gradient.abs().sum(1).clamp(min=TINY)
+        first = FIRST * self.lr / self._gradient.abs().amax(1).clamp(min=TINY)
         nearer = NEAREST ** (self._tries // TRIES)  # where even that was no good
         self._pairs = [(step, change, torch.where(which, 0.0, inverse)) for step, change, inverse in self._pairs]
         self._direction = torch.where(which[:, None], -self._gradient, self._direction)
-        self._length = torch.where(which, first.clamp(max=1.0) * nearer, self._length)
+        self._length = torch.where(which, first * nearer, self._length)
 
     def _scaled(self, gradient: Tensor) -> Tensor:
         """The gradient times the approximate inverse Hessian, by the two loops."""

@@ -62,7 +62,7 @@ class Run:
 
     def views(self, images: Tensor) -> Tensor:
         """What the network is shown of the images at this step, `[views * n, C, h, w]`."""
-        if self.task.reference is not None:
+        if self.task.reference is not None and (self.task.transforms or self.step == 0):  # else it looks the same
             state = self._views.generator.get_state()
             self.objective.refer(self._views(self.task.reference.to(images)))
             self._views.generator.set_state(state)  # the images are shown from the same point of view
