@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
     from torchloupe._scan import scan
+    from torchloupe._style import stylize, texture
     from torchloupe._tables import methods
     from torchloupe._visualize import visualize
     from torchloupe._weights import weights
@@ -138,7 +139,9 @@ __all__ = [
     "sigmoid",
     "similarity",
     "spectrum",
+    "stylize",
     "target",
+    "texture",
     "transforms",
     "visualize",
     "weights",
@@ -194,7 +197,9 @@ _HOMES = {
     "scan": "torchloupe._scan",
     "regularizers": "torchloupe_core.regularizers:",
     "spectrum": "torchloupe._interactions",
+    "stylize": "torchloupe._style",
     "target": f"{_TARGETS}:parse",
+    "texture": "torchloupe._style",
     "transforms": "torchloupe_core.transforms:",
     "visualize": "torchloupe._visualize",
     "weights": "torchloupe._weights",

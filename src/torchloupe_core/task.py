@@ -98,7 +98,8 @@ class Task:
         """The task of making some of the images."""
         cut = {name: getattr(self, name) for name in ("targets", "early", "begin", "reference")}
         cut = {name: None if each is None else each[start:stop] for name, each in cut.items()}
-        return replace(self, **cut, first=self.first + start)
+        terms = [term.only(start, stop) for term in self.terms]
+        return replace(self, **cut, terms=terms, first=self.first + start)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Watch]:
