@@ -14,9 +14,9 @@ from torchloupe._visualize import rendered
 from torchloupe_core.adam import Adam
 from torchloupe_core.colour import matched
 from torchloupe_core.errors import BadInput
-from torchloupe_core.footprint import require_room
+from torchloupe_core.footprint import probe, require_room
 from torchloupe_core.handle import Handle
-from torchloupe_core.images import Pixels, read_pixels, require_pictures
+from torchloupe_core.images import Pixels, read_pixels, require_pictures, scaled
 from torchloupe_core.lbfgs import LBFGS
 from torchloupe_core.making import Size
 from torchloupe_core.parametrizations import Fourier, ParametrizationLike
@@ -62,9 +62,10 @@ def texture(
     handle = opened(model, device=device, dtype=dtype)
     styles = _styles(handle, style, None)
     shape = _shape_of(styles[0]) if size is None else (styles[0].shape[1], *_pair(size))
-    names, _ = layers_for(handle, shape, layers, None)
+    names, _ = layers_for(handle, probe(handle, shape), layers, None)
+    for one in (shape, *map(_shape_of, styles)):
+        require_room(handle, one, names, n if one == shape else 1)
     grams = mixed_grams([grams_of(handle, one, names) for one in styles], shares(weights, len(styles)))
-    require_room(handle, shape, names, n)
     made = rendered(
         handle,
         [of_layer(names[-1])] * n,
@@ -111,7 +112,7 @@ def stylize(
     over the layers, plus `tv` times the total variation; it begins from the content. preserve_colour: the style's
     colours are first mapped to the content's. layers: of the style, the last of each resolution but the coarsest, four
     at most, unless given; content_layer: the last of the resolution in the middle. size, style_size: pixels of the
-    longer side to scale content and styles to. options: of `visualize`, as seed, snapshots, interruptible, progress.
+    longer side to scale content and styles to; a style larger than the content is scaled down to it. options: of `visualize`, as seed, snapshots, interruptible, progress.
 
     `scores` are the Gram matrices' distances at the end; of the diagnostics, `gram`, `gram_start` hold them layer by
     layer, at the end and for the content itself, and `content` the distance of the content layer. Raises `BadInput`
@@ -121,10 +122,10 @@ def stylize(
     if min(style_weight, content_weight, tv) < 0 or style_weight + content_weight <= 0:
         raise BadInput("style_weight, content_weight and tv are at least 0, and one of the first two is above it")
     given = seen_as_pictures(handle, content, size)
-    styles = _styles(handle, style, style_size)
+    styles = _styles(handle, style, style_size, most=max(given.shape[2:]))
     if any(one.shape[1] != given.shape[1] for one in styles):
         raise BadInput(f"the content has {given.shape[1]} channels, the style {styles[0].shape[1]}")
-    names, middle = layers_for(handle, _shape_of(given), layers, content_layer)
+    names, middle = layers_for(handle, probe(handle, _shape_of(given)), layers, content_layer)
     require_room(handle, _shape_of(given), (*names, middle), len(given))
     share = shares(weights, len(styles))
     each = [[matched(one, image[None]) for one in styles] for image in given] if preserve_colour else [styles]
@@ -169,16 +170,18 @@ def shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [one / sum(given) for one in given]
 
 
-def _styles(handle: Handle, style: Any, size: int | None) -> list[Tensor]:
-    """Each style as pixels `[1, C, H, W]`, of its own size."""
+def _styles(handle: Handle, style: Any, size: int | None, most: int | None = None) -> list[Tensor]:
+    """Each style as pixels `[1, C, H, W]`, of its own size, or scaled down to the most of a longer side."""
     if isinstance(style, Tensor):
         several = [*style] if style.ndim == 4 else [style]
     else:
         several = list(style) if isinstance(style, (list, tuple)) else [style]
     if not several:
         raise BadInput("no style was given")
-    found = [seen_as_pictures(handle, one, size) for one in several]
-    return [image[None] for one in found for image in one]  # a folder holds several
+    found = [image[None] for one in several for image in seen_as_pictures(handle, one, size)]  # a folder holds several
+    if most is None or size is not None or handle.spec.fixed_size:
+        return found
+    return [scaled(one, most) if max(one.shape[2:]) > most else one for one in found]
 
 
 def _descent(optimizer: str, lr: float | None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.memory import available, require
 
-__all__ = ["kept_bytes", "require_room"]
+__all__ = ["kept_bytes", "probe", "require_room"]
 
-SMALL = 128  # pixels of the longer side on which memory is measured
+SMALL, LEAST = 192, 64  # pixels of the longer side on which memory is measured, and of the shorter
 LARGE = 512 * 512  # pixels from which on it is worth asking
 MORE = 2.0  # gradients on their way, and what a layer needs besides what it keeps
 COPIES = 40  # of the image's numbers: pairs of L-BFGS, copies to go back to, gradients
@@ -28,7 +28,7 @@ def require_room(handle: Handle, shape: Shape, layers: Sequence[str], count: int
     free = available(handle.device)
     if pixels <= LARGE or free is None:
         return
-    small = _shrunk(shape)
+    small = probe(handle, shape)
     each = kept_bytes(handle, small, layers) * MORE / (small[1] * small[2]) + 4 * COPIES * shape[0]
     longest = int(max(shape[1:]) * math.sqrt(0.9 * free / (each * pixels)))
     what = f"a step on {count} image{'s' * (count > 1)} of {shape[1]}x{shape[2]}"
@@ -54,7 +54,9 @@ def kept_bytes(handle: Handle, shape: Shape, layers: Sequence[str]) -> int:
     return sum(size for place, size in kept.items() if place not in parameters)
 
 
-def _shrunk(shape: Shape) -> Shape:
-    """The same shape at a small size."""
-    factor = min(1.0, SMALL / max(shape[1:]))
-    return shape[0], max(32, round(shape[1] * factor)), max(32, round(shape[2] * factor))
+def probe(handle: Handle, shape: Shape) -> Shape:
+    """A small shape to look at layers with in place of a large one, whose pass might not fit."""
+    if handle.spec.fixed_size or shape[1] * shape[2] <= LARGE:
+        return shape
+    factor = SMALL / max(shape[1:])
+    return shape[0], max(LEAST, round(shape[1] * factor)), max(LEAST, round(shape[2] * factor))

@@ -68,7 +68,7 @@ def read_pixels(
             raise BadInput(f"the images have different sizes, {sorted(shapes)}; give them one by one, or resize them")
         values = torch.stack(parts)
     if longest is not None:
-        values = _scaled(values, longest)
+        values = scaled(values, longest)
     with torch.inference_mode(False):
         return Pixels(values.to(device, dtype, copy=True))
 
@@ -187,7 +187,8 @@ def _picture_pixels(image: Any, name: str, spec: Spec) -> Tensor:
     return values.permute(2, 0, 1).float() / 255
 
 
-def _scaled(values: Tensor, longest: int) -> Tensor:
+def scaled(values: Tensor, longest: int) -> Tensor:
+    """Pixels `[N, C, H, W]` in [0, 1] with a longer side of so many."""
     if longest < 1:
         raise BadInput(f"size is at least 1 pixel; got {longest}")
     height, width = values.shape[2:]
