@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torchloupe._scan import scan
     from torchloupe._style import stylize, texture
     from torchloupe._tables import methods
+    from torchloupe._train_stylizer import train_stylizer
     from torchloupe._visualize import visualize
     from torchloupe._weights import weights
     from torchloupe_adapters.demo.scenes import demo_scenes
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from torchloupe_core.results import open_result as open
     from torchloupe_core.scans import Scan
     from torchloupe_core.spec import Spec
+    from torchloupe_core.stylizer import Stylizer
     from torchloupe_core.targets import (
         Target,
         box_score,
@@ -97,6 +99,7 @@ __all__ = [
     "ReceptiveField",
     "Scan",
     "Spec",
+    "Stylizer",
     "Target",
     "Visualization",
     "accentuate",
@@ -142,6 +145,7 @@ __all__ = [
     "stylize",
     "target",
     "texture",
+    "train_stylizer",
     "transforms",
     "visualize",
     "weights",
@@ -168,6 +172,7 @@ _HOMES = {
     "ReceptiveField": "torchloupe_core.receptive",
     "Scan": "torchloupe_core.scans",
     "Spec": "torchloupe_core.spec",
+    "Stylizer": "torchloupe_core.stylizer",
     "Visualization": "torchloupe_core.visualization",
     "accentuate": "torchloupe._accentuate",
     "activations": "torchloupe._activations",
@@ -200,6 +205,7 @@ _HOMES = {
     "stylize": "torchloupe._style",
     "target": f"{_TARGETS}:parse",
     "texture": "torchloupe._style",
+    "train_stylizer": "torchloupe._train_stylizer",
     "transforms": "torchloupe_core.transforms:",
     "visualize": "torchloupe._visualize",
     "weights": "torchloupe._weights",

@@ -70,7 +70,12 @@ def dream(
     whole = (pixels.shape[2], pixels.shape[3])
     shown, least = _tile(handle, whole, tile)
     sizes = octave_sizes(whole, octaves, octave_scale, least)
-    options = {"regularizers": regularizers, "read": read, "precision": precision, "memory_format": memory_format}
+    options: dict[str, Any] = {
+        "regularizers": regularizers,
+        "read": read,
+        "precision": precision,
+        "memory_format": memory_format,
+    }
     options |= {"interruptible": interruptible}
     forwards, way = handle.forwards, registry.find("dream", "deepdream")
     with handle.borrow(), progress_bar("dream", "steps", progress) as report:

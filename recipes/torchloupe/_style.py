@@ -112,7 +112,8 @@ def stylize(
     over the layers, plus `tv` times the total variation; it begins from the content. preserve_colour: the style's
     colours are first mapped to the content's. layers: of the style, the last of each resolution but the coarsest, four
     at most, unless given; content_layer: the last of the resolution in the middle. size, style_size: pixels of the
-    longer side to scale content and styles to; a style larger than the content is scaled down to it. options: of `visualize`, as seed, snapshots, interruptible, progress.
+    longer side to scale content and styles to; a style larger than the content is scaled down to it.
+    options: of `visualize`, as seed, snapshots, interruptible, progress.
 
     `scores` are the Gram matrices' distances at the end; of the diagnostics, `gram`, `gram_start` hold them layer by
     layer, at the end and for the content itself, and `content` the distance of the content layer. Raises `BadInput`

@@ -33,3 +33,12 @@ class Adam(Descent):
             mean.lerp_(gradient, 1 - BETA1)
             square.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
             tensor.addcdiv_(mean, (square.sqrt() / scale).add_(EPSILON), value=-size)
+
+    def kept(self) -> list[Tensor]:
+        """Copies of what it remembers of the gradients, to go on from later: means, then squares."""
+        return [one.clone() for one in (*self._means, *self._squares)]
+
+    def go_on(self, steps: int, kept: Sequence[Tensor]) -> None:
+        """Goes on from where another had come."""
+        self.steps, count = steps, len(self._means)
+        self._means, self._squares = list(kept[:count]), list(kept[count:])

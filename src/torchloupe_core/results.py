@@ -48,6 +48,7 @@ _HOMES = {
     "Influence": "torchloupe_core.influence",
     "Neighbors": "torchloupe_core.neighbors",
     "Gallery": "torchloupe_core.gallery",
+    "Stylizer": "torchloupe_core.stylizer",
     "Visualization": "torchloupe_core.visualization",
 }
 
