@@ -37,6 +37,8 @@ class StyleNet(nn.Module):
             self.blocks = nn.ModuleList([_Block(4 * width, styles) for _ in range(blocks)])
             self.up = nn.ModuleList([_Step(4 * width, 2 * width, 3, 1, styles), _Step(2 * width, width, 3, 1, styles)])
             self.leave = nn.Conv2d(width, channels, 9)
+        # All weights of the last layer move at the first steps of Adam: without this by whole pictures at once.
+        self.gain = (81 * width) ** -0.5
         nn.init.zeros_(self.leave.weight)
         if self.leave.bias is not None:
             nn.init.zeros_(self.leave.bias)
@@ -51,7 +53,8 @@ class StyleNet(nn.Module):
             x = block(x, mix)
         for step in self.up:
             x = step(F.interpolate(x, scale_factor=2.0, mode="nearest"), mix)
-        x = self.leave(F.pad(x, [4] * 4, mode="replicate")) + torch.logit(whole, eps=FURTHEST)
+        added = self.leave(F.pad(x, [4] * 4, mode="replicate")) * self.gain
+        x = added + torch.logit(whole, eps=FURTHEST)
         return torch.sigmoid(x[:, :, :height, :width])
 
 
