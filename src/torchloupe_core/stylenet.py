@@ -2,8 +2,7 @@
 
 Johnson et al. 2016, Perceptual Losses for Real-Time Style Transfer, with the conditional instance normalisation of
 Dumoulin et al. 2017, A Learned Representation for Artistic Style: all weights are shared but the scale and shift after
-each normalisation, of which each style has its own. Other than there pads repeat the border, and what the last layer
-gives is added to the picture before a sigmoid, so that the network begins as the identity.
+each normalisation, of which each style has its own. Pads repeat the border, so that no picture is too small.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torchloupe_core.borrow import kept_randomness
 __all__ = ["StyleNet"]
 
 STRIDE = 4  # sides are padded to a multiple of it
-FURTHEST = 1e-3  # from 0 and 1, where a pixel would take an infinite number
 
 
 class StyleNet(nn.Module):
@@ -37,11 +35,6 @@ class StyleNet(nn.Module):
             self.blocks = nn.ModuleList([_Block(4 * width, styles) for _ in range(blocks)])
             self.up = nn.ModuleList([_Step(4 * width, 2 * width, 3, 1, styles), _Step(2 * width, width, 3, 1, styles)])
             self.leave = nn.Conv2d(width, channels, 9)
-        # All weights of the last layer move at the first steps of Adam: without this by whole pictures at once.
-        self.gain = (81 * width) ** -0.5
-        nn.init.zeros_(self.leave.weight)
-        if self.leave.bias is not None:
-            nn.init.zeros_(self.leave.bias)
 
     def forward(self, images: Tensor, mix: Tensor) -> Tensor:
         height, width = images.shape[2:]
@@ -53,8 +46,7 @@ class StyleNet(nn.Module):
             x = block(x, mix)
         for step in self.up:
             x = step(F.interpolate(x, scale_factor=2.0, mode="nearest"), mix)
-        added = self.leave(F.pad(x, [4] * 4, mode="replicate")) * self.gain
-        x = added + torch.logit(whole, eps=FURTHEST)
+        x = self.leave(F.pad(x, [4] * 4, mode="replicate"))
         return torch.sigmoid(x[:, :, :height, :width])
 
 

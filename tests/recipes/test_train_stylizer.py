@@ -43,17 +43,18 @@ def trained() -> tl.Stylizer:
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(64, 64), (33, 50), (5, 3), (1, 1)])
-def test_the_network_begins_as_the_identity_on_pictures_of_any_size(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (33, 50), (5, 3), (1, 1)])
+def test_the_network_takes_pictures_of_any_size(size: tuple[int, int]) -> None:
     network = StyleNet(3, width=4, blocks=1)
-    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
-    torch.testing.assert_close(network(images, torch.eye(3)[:2]), images, atol=1e-5, rtol=0)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    made = network(images, torch.eye(3)[:2])
+    assert made.shape == images.shape and made.min() > 0 and made.max() < 1
+    torch.testing.assert_close(network(images[1:], torch.eye(3)[1:2]), made[1:], atol=1e-5, rtol=1e-4)
 
 
 def test_styles_share_everything_but_scales_and_shifts() -> None:
     network = StyleNet(2, width=4, blocks=1, seed=1)
     with torch.no_grad():
-        network.leave.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
         for part in network.modules():
             if hasattr(part, "shift"):
                 part.shift[1] += 0.5
@@ -71,34 +72,39 @@ def test_styles_share_everything_but_scales_and_shifts() -> None:
 
 
 def test_what_is_minimised_is_what_stylize_minimises() -> None:
-    """The first step's losses are those of the pictures themselves, computed anew."""
+    """The first step's losses, computed anew image by image."""
     model, six = tl.load("demo"), tl.demo_scenes(6, seed=3)
     made = tl.train_stylizer(model, list(STYLES), six, steps=1, **{**SMALL, "batch_size": 6})
-    content, style, variation = made.losses[0].tolist()
-    assert content == pytest.approx(0.0, abs=1e-3)
-    images = six.images.float() / 255
-    which = torch.randint(2, (6,), generator=torch.Generator().manual_seed(0)).tolist()
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(0)).tolist()
-    far = []
+    which = torch.randint(2, (6,), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    images = six.images[order].float() / 255
+    with torch.no_grad():
+        shown = StyleNet(2, width=6, blocks=1, seed=0)(images, torch.eye(2)[which])
+    content, style = [], []
     with model.borrow(), model.watch("layer1", "layer2") as watch:
 
-        def grams(image: Tensor) -> list[Tensor]:
+        def maps(image: Tensor) -> list[Tensor]:
             watch(model.spec.normalised(image[None]))
-            maps = [watch.map(name)[0] for name in ("layer1", "layer2")]
-            return [torch.einsum("ihw,jhw->ij", one, one) / one.numel() for one in maps]
+            return [watch.map(name)[0] for name in ("layer1", "layer2")]
 
-        for place, index in zip(order, which, strict=True):
-            goal = grams(STYLES[index].float() / 255)
-            far += [(a - b).square().sum() / b.square().sum() for a, b in zip(grams(images[place]), goal, strict=True)]
-    assert style == pytest.approx(float(torch.stack(far).mean()), rel=1e-2)
-    x = images[:, :, :-1, 1:] - images[:, :, :-1, :-1], images[:, :, 1:, :-1] - images[:, :, :-1, :-1]
-    assert variation == pytest.approx((x[0].square() + x[1].square()).mean().item(), rel=1e-2)
+        for before, after, index in zip(images, shown, which.tolist(), strict=True):
+            goal, given, found = maps(STYLES[index].float() / 255), maps(before)[1], maps(after)
+            content.append((found[1] - given).square().mean() / given.square().mean())
+            pairs = [
+                [torch.einsum("ihw,jhw->ij", one, one) / one.numel() for one in each]
+                for each in zip(found, goal, strict=True)
+            ]
+            style += [(a - b).square().sum() / b.square().sum() for a, b in pairs]
+    squares = shown.diff(dim=2)[..., :-1].square() + shown.diff(dim=3)[:, :, :-1].square()
+    expected = [float(torch.stack(content).mean()), float(torch.stack(style).mean()), float(squares.mean())]
+    assert made.losses[0].tolist() == pytest.approx(expected, rel=1e-3)
 
 
 def test_style_comes_nearer() -> None:
     made, model = trained(), tl.load("demo")
     assert made.losses.shape == (30, 3)
-    assert made.losses[-8:, 1].mean() < 0.5 * made.losses[:8, 1].mean()
+    total = made.losses[:, :2].sum(1)
+    assert total[-8:].mean() < 0.75 * total[:2].mean() and made.losses[-8:, 1].mean() < 0.5 * made.losses[0, 1]
     assert made.made.shape == (2, 4, 3, 64, 64) and made.styles == ("warm", "cold")
     assert (made.made[0] - made.made[1]).abs().max() > 1e-3  # one network, two styles
     torch.testing.assert_close(made.samples, scenes().images[:4].float() / 255)
