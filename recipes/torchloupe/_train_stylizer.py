@@ -83,7 +83,7 @@ def train_stylizer(
     with handle.borrow(), progress_bar("train-stylizer", "steps", progress) as report:
         each = [grams_of(handle, one, own) for one in given]
         weights = (content_weight, style_weight, tv)
-        settings = {"width": width, "blocks": blocks, "batch_size": batch_size, "lr": lr, "seed": seed}
+        settings: dict[str, Any] = {"width": width, "blocks": blocks, "batch_size": batch_size, "lr": lr, "seed": seed}
         settings |= {"weights": list(weights), "layers": list(own), "content_layer": middle, "images": data.length}
         settings |= {"model": handle.spec.name, "styles": digest(given)}
         network = StyleNet(len(given), channels=handle.input_shape[0], width=width, blocks=blocks, seed=seed)
