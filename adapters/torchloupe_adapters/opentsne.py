@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchloupe_core.borrow import kept_threads
 from torchloupe_core.embedding import Projection, require_images
 from torchloupe_core.errors import BadInput, MissingDependency
 from torchloupe_core.registry import method
@@ -47,7 +48,8 @@ def tsne(
         negative_gradient_method="auto" if dims == 2 else "bh",  # the other one lays out at most two
     )
     try:
-        found = layout.fit(vectors.numpy())
+        with kept_threads():
+            found = layout.fit(vectors.numpy())
     except ValueError as error:  # options it does not take
         raise BadInput(f"openTSNE: {error}") from error
     points = torch.from_numpy(np.array(found, dtype=np.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchloupe_core.borrow import kept_threads
 from torchloupe_core.errors import BadInput, MissingDependency
 from torchloupe_core.nearest import Metric
 
@@ -29,6 +30,7 @@ def descend(queries: Tensor, vectors: Tensor, k: int, metric: Metric, seed: int)
     except ImportError as error:
         raise MissingDependency.of("pynndescent", "umap") from error
     degree = min(max(DEGREE, k + 1), len(vectors) - 1)
-    graph = NNDescent(vectors.numpy(), METRICS[metric], n_neighbors=degree, random_state=seed, n_jobs=1)
-    rows, _ = graph.query(queries.numpy(), k=k)
+    with kept_threads():
+        graph = NNDescent(vectors.numpy(), METRICS[metric], n_neighbors=degree, random_state=seed, n_jobs=1)
+        rows, _ = graph.query(queries.numpy(), k=k)
     return torch.from_numpy(rows).long()

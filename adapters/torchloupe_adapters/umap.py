@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from torchloupe_core.borrow import kept_threads
 from torchloupe_core.embedding import Projection, require_images
 from torchloupe_core.errors import BadInput, MissingDependency
 from torchloupe_core.registry import method
@@ -54,7 +55,7 @@ def umap(
         random_state=seed,
         n_jobs=1,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_threads():
         warnings.simplefilter("ignore")  # of graphs in several parts and of its own defaults
         try:
             points = layout.fit_transform(vectors.numpy())

@@ -12,7 +12,10 @@ from torch import Tensor
 from torchloupe._models import ModelLike, opened
 from torchloupe._visualize import rendered
 from torchloupe_adapters.sklearn import clusters
+from torchloupe_core.dataset import DataSet
+from torchloupe_core.embedding import Embedding
 from torchloupe_core.errors import BadInput
+from torchloupe_core.examples import Examples
 from torchloupe_core.handle import Handle
 from torchloupe_core.targets import Target, TargetLike, as_target, direction
 from torchloupe_core.visualization import Visualization
@@ -20,6 +23,7 @@ from torchloupe_core.visualization import Visualization
 __all__ = ["facets"]
 
 DARKER = 0.5  # of the contrast of a mean image: what is begun with is faint, so that the unit decides
+NEAREST = 15  # images to a cluster's centre that are averaged, of an embedding (Nguyen et al. 2016)
 
 
 def facets(
@@ -37,24 +41,67 @@ def facets(
 ) -> Visualization:
     """An image of the target for each of k clusters of images that move it, begun with the cluster's mean image.
 
-    Nguyen et al. 2016, Multifaceted Feature Visualization. images: those that answer most, as `tl.examples` finds them.
-    They are clustered by k-means of what `layer` gives for them, averaged over positions, the last spatial one unless
-    given; or by `labels`, one for each image. pull: weight of the direction from the mean of all to the cluster's own
-    centre in that layer, added to the target (Wei et al. 2015, Understanding Intra-Class Knowledge Inside CNN).
-    options: of `visualize`. The clusters are in `diagnostics["labels"]`, the largest first.
+    Nguyen et al. 2016, Multifaceted Feature Visualization. images: a batch of those that answer most; or what
+    `tl.examples` found, whose whole images are read again; or an `Embedding`, whose points are clustered, and the 15
+    images nearest each centre read. Others are clustered by k-means of what `layer` gives for them, averaged over
+    positions, the last spatial one unless given; or by `labels`, one for each image, of examples in the order of their
+    indices. pull: weight of the direction from the mean of all to the cluster's own centre in that layer, added to the
+    target (Wei et al. 2015, Understanding Intra-Class Knowledge Inside CNN). options: of `visualize`. `diagnostics`
+    has the clusters of the images used as "labels", the largest first, and which images of a data set they are as
+    "indices". Raises `BadInput` for a result that was saved, and for images of several sizes.
     """
     handle = opened(model)
-    inputs = handle.inputs(images)
+    inputs, groups, indices = _read(handle, images, k, labels, seed)
     place = handle.features_at((inputs.shape[1], inputs.shape[2], inputs.shape[3])) if layer is None else str(layer)
     vectors = _vectors(handle, inputs, place)
-    found = _labels(vectors, k, labels, seed)
+    found = _labels(vectors, k, labels, seed) if groups is None else groups
     count = int(found.max()) + 1
     means = torch.stack([inputs[found == one].mean(0) for one in range(count)])
     centres = torch.stack([vectors[found == one].mean(0) for one in range(count)])
     wanted = [_pulled(as_target(target), place, centre - vectors.mean(0), pull) for centre in centres]
     faint = inputs.mean((0, 2, 3), keepdim=True) * (1 - DARKER) + means * DARKER
     made = rendered(handle, wanted, init=faint, steps=steps, seed=seed, **options)
-    return replace(made, diagnostics={**made.diagnostics, "labels": tuple(found.tolist())})
+    facts = {"labels": tuple(found.tolist()), **({} if indices is None else {"indices": tuple(indices.tolist())})}
+    return replace(made, diagnostics={**made.diagnostics, **facts})
+
+
+def _read(
+    handle: Handle, images: Any, k: int, labels: Sequence[int] | Tensor | None, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The images to begin with, their clusters if those are known, and which images of a data set they are."""
+    if isinstance(images, Examples):
+        indices = torch.tensor(sorted(set(images.indices[images.indices >= 0].tolist())))
+        return _inputs(images.data, indices), None, indices
+    if isinstance(images, Embedding):
+        found = _labels(images.points, k, labels, seed)
+        nearest = _nearest(images.points, found)
+        indices = images.indices[nearest]
+        return _inputs(images.data, indices), found[nearest], indices
+    return handle.inputs(images), None, None
+
+
+def _nearest(points: Tensor, labels: Tensor) -> Tensor:
+    """Rows of the points nearest the centre of their cluster, in order."""
+    rows = []
+    for one in range(int(labels.max()) + 1):
+        own = (labels == one).nonzero()[:, 0]
+        distances = (points[own] - points[own].mean(0)).norm(dim=1)
+        rows.append(own[distances.argsort(stable=True)[:NEAREST]])
+    return torch.cat(rows).sort().values
+
+
+def _inputs(data: DataSet | None, indices: Tensor) -> Tensor:
+    if data is None:
+        raise BadInput("a result that was saved no longer knows its data set, so there are no images to begin with")
+    read = {sample.index: sample for sample in data.read_each(indices.tolist())}
+    inputs = []
+    for index in indices.tolist():
+        if (one := read[index].inputs) is None:
+            raise BadInput(f"{data.name(index)} was read before and cannot be now: {read[index].error}")
+        inputs.append(one)
+    if len({one.shape for one in inputs}) > 1:
+        raise BadInput("the images are of several sizes, so they have no mean; give a model with an input size")
+    return torch.stack(inputs)
 
 
 def _vectors(handle: Handle, inputs: Tensor, layer: str) -> Tensor:

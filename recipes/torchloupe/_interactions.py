@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from torchloupe._examples import examples
 from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
 from torchloupe._visualize import rendered
 from torchloupe_core.channels import select
-from torchloupe_core.dataset import open_data
 from torchloupe_core.errors import NotApplicable
+from torchloupe_core.examples import Examples
 from torchloupe_core.gallery import Gallery
+from torchloupe_core.handle import Handle
 from torchloupe_core.parametrizations import Pixel
 from torchloupe_core.preactivation import read_before_rectifier
-from torchloupe_core.scored import Scored, score_data
 from torchloupe_core.targets import Target, TargetLike, as_target, channel, direction, interpolate, logit
 from torchloupe_core.visualization import Visualization
 
 __all__ = ["class_prototype", "directions", "interactions", "spectrum"]
-
-SHARES = {"minimum": 0.0, "slightly below": 0.25, "middle": 0.5, "slightly above": 0.75, "maximum": 1.0}
 
 
 def interactions(
@@ -62,10 +62,10 @@ def directions(
     the sphere. options: of `visualize`.
     """
     handle = opened(model)
-    found = handle.layer(layer)
-    if found.layout is None:
-        raise NotApplicable(f"layer {str(layer)!r} ({found.kind}) gives no map of channels, so it has no directions")
-    count, source = found.layout.channels, torch.Generator().manual_seed(seed)
+    read = handle.layer(layer)
+    if read.layout is None:
+        raise NotApplicable(f"layer {str(layer)!r} ({read.kind}) gives no map of channels, so it has no directions")
+    count, source = read.layout.channels, torch.Generator().manual_seed(seed)
     chosen = (
         torch.randperm(count, generator=source)[:n].tolist()
         if channels is None
@@ -74,11 +74,10 @@ def directions(
     vectors = torch.nn.functional.normalize(torch.randn(n, count, generator=source, dtype=torch.float64), dim=1)
     wanted = [*(channel(layer, one) for one in chosen), *(direction(layer, one) for one in vectors)]
     names = [*map(str, wanted[: len(chosen)]), *(f"{layer}: random direction {one + 1}" for one in range(n))]
-    scored = score_data(handle, open_data(dataset, handle.spec), wanted, batch_size=batch_size)
+    found = examples(handle, dataset, wanted, k=k, crop="image", batch_size=batch_size, progress=progress)
     made = rendered(handle, wanted, steps=steps, seed=seed, batch_size=batch_size, progress=progress, **options)
-    examples = scored.scores.T.argsort(dim=1, descending=True, stable=True)[:, :k]  # [2n, k], places
-    columns = ("optimised", *(f"example {place + 1}" for place in range(examples.shape[1])))
-    return _beside(made, scored, examples, tuple(names), columns, [0], {"directions": vectors.tolist()})
+    columns = ("optimised", *(f"example {place + 1}" for place in range(found.scores.shape[1])))
+    return _beside(handle, made, found, tuple(names), columns, [0], {"directions": vectors.tolist()})
 
 
 def spectrum(
@@ -86,32 +85,33 @@ def spectrum(
     unit: TargetLike | Sequence[TargetLike],
     dataset: Any,
     *,
+    k: int = 5,
     steps: int = 256,
+    seed: int = 0,
     batch_size: int | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> Gallery:
     """Data set images from a unit's lowest answer to its highest, between the images made for its negative and for it.
 
-    The examples are at the minimum, the quartiles and the maximum of what the data set gives (Olah et al. 2017), where
-    possible before the unit's ReLU, since behind it all that is below zero is alike. options: of `visualize`.
+    The k examples are those of `examples(band="spectrum", crop="image")`: minimum, slightly negative, median, slightly
+    positive, maximum (Olah et al. 2017), where possible before the unit's ReLU, since behind it all that is below zero
+    is alike. options: of `visualize`.
     """
     handle = opened(model)
     units = [unit] if isinstance(unit, (str, int, Target)) else list(unit)
-    data, shape = open_data(dataset, handle.spec), handle.input_shape
+    shape = handle.input_shape
     wanted = []
     for one in map(as_target, units):
         with contextlib.suppress(NotApplicable):
             one = read_before_rectifier(handle, one, shape)
         wanted.append(one)
-    scored = score_data(handle, data, wanted, batch_size=batch_size)
-    pairs = [each for one in wanted for each in (-one, one)]
-    made = rendered(handle, pairs, steps=steps, batch_size=batch_size, **options)
-    examples = torch.stack([scored.at(row, list(SHARES.values())) for row in range(len(wanted))])
-    columns = ("optimised negative", *SHARES, "optimised positive")
+    shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    found = examples(handle, dataset, wanted, k=k, crop="image", band="spectrum", **shared)
+    made = rendered(handle, [each for one in wanted for each in (-one, one)], steps=steps, **shared, **options)
+    columns = ("optimised negative", *found.bands, "optimised positive")
     names = tuple(str(as_target(one)) for one in units)
-    return _beside(
-        made, scored, examples, names, columns, [0, len(columns) - 1], {"read": [str(one) for one in wanted]}
-    )
+    return _beside(handle, made, found, names, columns, [0, len(columns) - 1], {"read": list(found.units)})
 
 
 def class_prototype(
@@ -142,24 +142,26 @@ def class_prototype(
 
 
 def _beside(
+    handle: Handle,
     made: Visualization,
-    scored: Scored,
-    examples: Tensor,
+    found: Examples,
     rows: tuple[str, ...],
     columns: tuple[str, ...],
     optimised: Sequence[int],
     facts: dict[str, Any],
 ) -> Gallery:
-    """A gallery of examples, given as places `[R, k]`, with optimised images at some of the columns."""
+    """A gallery of examples, with optimised images at some of the columns; of maps the largest value counts."""
     shape, per_row = (len(rows), len(columns)), len(optimised)
-    images, values, indices = torch.empty(*shape, 3, *made.size), torch.empty(shape), torch.full(shape, -1)
-    found = [column for column in range(len(columns)) if column not in optimised]
-    images[:, found] = scored.pictures(examples, made.size)
-    values[:, found], indices[:, found] = scored.scores.T.gather(1, examples), scored.indices[examples]
+    values_made = _largest(handle, made, [one for one in found.units for _ in optimised])
+    images, values, indices = torch.ones(*shape, 3, *made.size), torch.empty(shape), torch.full(shape, -1)
+    others = [column for column in range(len(columns)) if column not in optimised]
+    values[:, others], indices[:, others] = found.scores, found.indices
+    for row, crops in enumerate(found.crops):
+        for column, crop in zip(others, crops, strict=True):
+            if crop is not None:
+                images[row, column] = _sized(crop, made.size)
     for place, column in enumerate(optimised):
-        images[:, column], values[:, column] = made.images[place::per_row], made.scores[place::per_row]
-    if per_row == 2:  # the first is made for the negative
-        values[:, optimised[0]] *= -1
+        images[:, column], values[:, column] = made.images[place::per_row], values_made[place::per_row]
     return Gallery(
         **_provenance(made),
         images=images,
@@ -167,8 +169,23 @@ def _beside(
         columns=columns,
         values=values,
         indices=indices,
-        diagnostics={**facts, "skipped": {str(index): why for index, why in scored.skipped.items()}},
+        diagnostics={**facts, "skipped": found.skipped},
     )
+
+
+def _largest(handle: Handle, made: Visualization, units: Sequence[str]) -> Tensor:
+    """As `examples` scores images, `[n]`; NaN where the pictures show some of the model's channels only."""
+    channels = handle.input_shape[0]
+    if channels > 3:
+        return torch.full((len(made),), float("nan"))
+    inputs = handle.spec.normalised(made.images[:, :channels]).to(handle.device, handle.dtype)
+    return handle.score(inputs, units, reduce="max").float()
+
+
+def _sized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[1:]) == size:
+        return image
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
 def _provenance(*made: Visualization) -> dict[str, Any]:

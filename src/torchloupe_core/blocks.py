@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchloupe_core.borrow import kept_threads
 from torchloupe_core.dataset import DataSet, Sample, batches
 from torchloupe_core.errors import StoreError
 from torchloupe_core.handle import Handle, Shape
@@ -61,7 +62,7 @@ class Work:
             contextlib.closing(batches(self.data, max(1, size // 2), self.workers, positions())) as parts,
             self.handle.borrow(),
             computing(self.handle, self.autocast),
-            _threads(self.store.computing["threads"]),
+            kept_threads(self.store.computing["threads"]),
         ):
             ahead = _Ahead(parts)
             while ahead.more():
@@ -150,17 +151,6 @@ def scanned(rest: Mapping[str, Any]) -> Scanned:
 def _shape(values: Sequence[int]) -> Shape:
     channels, height, width = values
     return channels, height, width
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Inside, torch computes in so many threads: sums that are split otherwise round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Ahead:

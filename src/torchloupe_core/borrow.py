@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["borrowed", "kept_randomness"]
+__all__ = ["borrowed", "kept_randomness", "kept_threads"]
 
 
 @contextlib.contextmanager
@@ -62,6 +62,21 @@ def kept_randomness() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
         if mps is not None:
             torch.mps.set_rng_state(mps)
+
+
+@contextlib.contextmanager
+def kept_threads(count: int | None = None) -> Iterator[None]:
+    """Inside, torch computes in so many threads if a count is given; afterwards in as many as before.
+
+    Sums that are split among threads otherwise round otherwise. Libraries on numba change the number for the process.
+    """
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _module_keeper(module: nn.Module) -> Callable[[], None]:

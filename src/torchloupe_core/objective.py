@@ -78,13 +78,14 @@ class Objective:
 
         if self.task.reference is not None:
             raise NotApplicable("what is compared with a given image changes at every step; leave out compile=")
-        graph = make_fx(lambda views, share: self._ask(views, share))(views, share)  # it counts a method's self
+        # A lambda, since make_fx counts a method's self; contiguous, since crops of views differ in their strides.
+        graph = make_fx(lambda views, share: self._ask(views, share))(views.contiguous(), share)
         backend = self.task.compile if isinstance(self.task.compile, str) else "inductor"
         compiled = torch.compile(graph, backend=backend, dynamic=False)
 
         def ask(views: Tensor, share: Tensor) -> Answer:
             with torch.no_grad():
-                losses, pull = compiled(views, share)
+                losses, pull = compiled(views.contiguous(), share)
             self.task.handle.forwards += len(views)
             return losses, pull
 

@@ -1,6 +1,6 @@
 """Every method points at the object it was asked about, better than its baselines, on scenes whose truth is known.
 
-Measured on the shipped weights over these 300 scenes; each threshold lies between the measured value and the baseline,
+Measured on the shipped weights over 300 scenes, fewer are tested here; each threshold lies between the measured value and the baseline,
 nearer the value. Good methods are not ranked: the gaps between them are noise.
 """
 
@@ -17,7 +17,7 @@ from torchloupe._demo import Scores, baseline_maps, score_maps
 from torchloupe_adapters.demo.scenes import Scenes
 from torchloupe_core.methods.localisation import energy_inside, pointing_hit
 
-COUNT = 300
+COUNT = 120
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "captum.feature_ablation": {"n_segments": 25},
@@ -157,7 +157,7 @@ def flipped() -> tuple[Scenes, torch.Tensor]:
 def test_the_backdoor_is_found(method: str, tolerance: int) -> None:
     """Measured 1.00 for each (saliency .97); the mark covers 2% of a scene."""
     marked, chosen = flipped()
-    assert len(chosen) >= 250
+    assert len(chosen) >= 0.8 * COUNT
     found = tl.explain(
         "demo/backdoored", marked.images[chosen], target="logit:mushroom", method=method, **OPTIONS.get(method, {})
     )

@@ -473,7 +473,7 @@ def test_worker_processes_read_ahead(tmp_path: Path, whole: tuple[Path, Any]) ->
 
 def test_without_sizes_they_are_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = model()
-    data = open_data(inputs(), handle.spec)
+    data = open_data(inputs(600), handle.spec)  # several blocks, whatever size is found
     monkeypatch.setattr(filling, "WORTH", 1)  # so that a search is worth it
     scan_stored(handle, data, {"relu1": [Moments()]}, store=tmp_path)
     sizes = Store.open(tmp_path).computing

@@ -212,7 +212,7 @@ def test_ranks_mend_damage_together(whole: tuple[Path, Any], tmp_path: Path) -> 
 
 
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path[:0] = {path!r}
 import torch
 from stored_scans import inputs, model, scanned, states
@@ -220,8 +220,10 @@ from stored_scans import inputs, model, scanned, states
 rank, attempt, handle = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]), model()
 
 def die(done, total):
-    if rank == 1 and attempt == 0 and done >= 12:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if attempt == 0 and done >= 12:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(300)  # leaves some to the other one, until torchrun ends both
 
 found, _ = scanned({store!r}, handle, inputs(), progress=die)
 torch.save([rank, attempt, handle.forwards, states(found)], {store!r} + "/" + str(rank) + ".part")

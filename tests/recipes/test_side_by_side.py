@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchloupe as tl
+from torchloupe_adapters.sklearn import clusters
 from torchloupe_core import animation
 from torchloupe_core.checks.snapshot import Snapshot
 from torchloupe_core.colour import as_colours
 from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable, UnknownName
+from torchloupe_core.methods.patches import BANDS
 from torchloupe_core.specimens import SPECIMENS
 from torchloupe_core.terms import Caricature, Nearness
 
@@ -91,13 +93,15 @@ def test_a_spectrum_goes_from_the_lowest_answer_to_the_highest(data: Tensor) -> 
         unit = watch.map("layer2.relu#2.in")[:, 3].amax((1, 2))
     logits = handle.score(data, "logit:cat")
     for row, scores in enumerate((unit, logits)):
-        order = scores.argsort(stable=True)
-        expected = [order[place].item() for place in (0, 3, 6, 8, 11)]  # of 12: the ends and quartiles
-        assert found.indices[row].tolist() == [-1, *expected, -1]
-        torch.testing.assert_close(found.values[row, 1:6], scores[expected], atol=1e-4, rtol=1e-4)
+        expected = tl.examples(handle, data, found.diagnostics["read"][row], k=5, crop="image", band="spectrum")
+        assert found.columns[1:6] == expected.bands == BANDS
+        assert found.indices[row].tolist() == [-1, *expected.indices[0].tolist(), -1]
+        assert expected.indices[0][[0, 4]].tolist() == [scores.argmin().item(), scores.argmax().item()]
+        torch.testing.assert_close(found.values[row, 1:6], scores[expected.indices[0]], atol=1e-4, rtol=1e-4)
     negative = tl.visualize(handle, "-layer2.relu#2.in:3", **QUICK)
     torch.testing.assert_close(found.picture("layer2:3", "optimised negative"), negative.images[0], atol=1e-4, rtol=0)
-    assert found.values[0, 0].item() == pytest.approx(-negative.scores.item(), abs=1e-4)
+    largest = handle.score(handle.spec.normalised(negative.images), "layer2.relu#2.in:3", reduce="max")
+    assert found.values[0, 0].item() == pytest.approx(largest.item(), abs=1e-3)  # as the examples are scored
     with pytest.raises(BadInput, match="no column 'least'; there are optimised negative, minimum"):
         found.picture(0, "least")
 
@@ -108,7 +112,8 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
         Image.fromarray(scene.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     found = tl.spectrum(model, "logit:fish", tmp_path, **{**QUICK, "steps": 1})
-    assert list(found.diagnostics["skipped"]) == ["3"] and "not an image" in found.diagnostics["skipped"]["3"]
+    ((path, why),) = found.diagnostics["skipped"].items()
+    assert path == str(tmp_path / "bad.png") and "not an image" in why
     for name in ("0.png", "1.png", "2.png"):
         (tmp_path / name).write_bytes(b"no picture")
     with pytest.raises(BadInput, match="none of the 4 images could be read"):
@@ -293,10 +298,39 @@ def test_facets_begin_with_the_mean_images_of_clusters() -> None:
     assert by_class.diagnostics["labels"] == (1,) * 4 + (0,) * 4
     pulled = tl.facets(model, "layer4:3", images, labels=[0] * 4 + [1] * 4, pull=0.5, **QUICK)
     assert pulled.targets[0].startswith("layer4:3+0.5*layer4:[")
+    assert made.diagnostics.get("indices") is None
     with pytest.raises(BadInput, match="k is from 1 to the 8 images"):
         tl.facets(model, "layer4:3", images, k=9, **QUICK)
     with pytest.raises(BadInput, match="8 images need as many labels"):
         tl.facets(model, "layer4:3", images, labels=[1, 2], **QUICK)
+
+
+def test_facets_of_what_examples_found(tmp_path: Path) -> None:
+    model, scenes = tl.load("demo"), tl.demo_scenes(20, seed=5)
+    best = tl.examples(model, scenes.images, "layer4:3", k=6)
+    made = tl.facets(model, "layer4:3", best, k=2, **QUICK)
+    indices = torch.tensor(made.diagnostics["indices"])
+    assert sorted(indices.tolist()) == sorted(best.indices[0].tolist())
+    again = tl.facets(model, "layer4:3", scenes.images[indices], k=2, **QUICK)
+    assert made.diagnostics["labels"] == again.diagnostics["labels"]
+    torch.testing.assert_close(made.images, again.images, atol=1e-5, rtol=0)
+    with pytest.raises(BadInput, match="was saved no longer knows its data set"):
+        tl.facets(model, "layer4:3", tl.open(best.save(tmp_path / "best")), k=2, **QUICK)
+
+
+def test_facets_of_an_embedding_begin_with_the_images_nearest_each_centre() -> None:
+    model, scenes = tl.load("demo"), tl.demo_scenes(40, seed=5)
+    laid_out = tl.embed(model, scenes.images, method="pca", progress=False)
+    made = tl.facets(model, "layer4:3", laid_out, k=2, **QUICK)
+    indices, labels = torch.tensor(made.diagnostics["indices"]), torch.tensor(made.diagnostics["labels"])
+    groups = clusters(laid_out.points.numpy(), 2)
+    for one in range(2):
+        own = np.flatnonzero(groups == one)
+        far = np.linalg.norm(laid_out.points.numpy()[own] - laid_out.points.numpy()[own].mean(0), axis=1)
+        assert sorted(indices[labels == one].tolist()) == sorted(own[far.argsort()[:15]].tolist())
+    assert 15 < len(indices) <= 30
+    again = tl.facets(model, "layer4:3", scenes.images[indices], labels=labels, **QUICK)
+    torch.testing.assert_close(made.images, again.images, atol=1e-5, rtol=0)
 
 
 # -- moving pictures --------------------------------------------------------------------------------------------------

@@ -643,3 +643,12 @@ def test_compiled_passes_give_the_same_image(specimen: str) -> None:
         tl.accentuate(
             handle, torch.rand(1, *handle.input_shape), "logit:cat", steps=1, compile="eager", method="native"
         )
+
+
+@pytest.mark.slow
+def test_passes_are_compiled_once_whatever_the_crop() -> None:
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    handle, _ = SPECIMENS["plain"]()
+    tl.visualize(handle, "conv2:3", steps=6, compile="eager", **{**NATIVE, "transforms": "distill"})
+    assert counters["unique_graphs"] - before == 1

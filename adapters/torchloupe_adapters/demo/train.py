@@ -6,8 +6,7 @@ On one machine a recipe gives the same weights bit for bit; another processor or
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torchloupe_adapters import checkpoint as checkpoints
 from torchloupe_adapters.demo.model import STD, SceneNet, normalise
 from torchloupe_adapters.demo.scenes import CLASSES, Scenes, demo_scenes
+from torchloupe_core.borrow import kept_threads
 from torchloupe_core.errors import UnknownName
 
 __all__ = [
@@ -86,7 +86,7 @@ def train(recipe: Recipe, *, report: Callable[[str], None] = lambda line: None) 
     scenes = recipe.scenes()
     images, targets = scenes.images, _soft_labels(scenes)
     generator = torch.Generator().manual_seed(recipe.seed)
-    with _one_thread():
+    with kept_threads(1):
         model = _fresh_model(recipe.seed).to(memory_format=torch.channels_last).train()
         for phase in recipe.phases:
             _train_phase(model, (images, targets), phase, recipe, generator, report)
@@ -194,17 +194,6 @@ def _fresh_model(seed: int) -> SceneNet:
         return SceneNet()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The order of sums, and with it the last bit of the weights, depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @click.command()
 @click.argument("name", type=click.Choice(list(RECIPES)))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the weights.")
@@ -215,7 +204,7 @@ def main(name: str, out: Path) -> None:
     model.load_state_dict(weights)  # measure what ships
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.save(weights, out / f"{name}.safetensors")
-    with _one_thread():
+    with kept_threads(1):
         score = accuracy(model, demo_scenes(2_000, TEST_SEED))
     click.echo(f"{name}: accuracy {score:.4f} on 2,000 fresh scenes")
 
