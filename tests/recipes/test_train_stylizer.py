@@ -111,6 +111,25 @@ def test_style_comes_nearer() -> None:
     assert model.module.training is False
 
 
+def test_every_step_shows_other_images_in_other_styles(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, shown = Training._batch, []
+
+    def noted(self: Any) -> Any:
+        shown.append(batch(self))
+        return shown[-1]
+
+    monkeypatch.setattr(Training, "_batch", noted)
+    tl.train_stylizer("demo", list(STYLES), scenes(), steps=12, **SMALL)
+    styles = [tuple(mix.argmax(1).tolist()) for _, mix in shown]
+    assert {one for pair in styles for one in pair} == {0, 1} and len(set(styles)) >= 3
+    every = torch.cat([images for images, _ in shown])  # two epochs of twelve
+    all_of_them = scenes().images.float() / 255
+    for epoch in (every[:12], every[12:]):
+        found = torch.cdist(epoch.flatten(1), all_of_them.flatten(1)).argmin(1)
+        assert sorted(found.tolist()) == list(range(12))
+    assert not torch.equal(every[:12], every[12:])
+
+
 def test_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "training.npz"
     options: dict[str, Any] = {**SMALL, "every": 3}
