@@ -1,7 +1,7 @@
 """Every method points at the object it was asked about, better than its baselines, on scenes whose truth is known.
 
-Measured on the shipped weights over 300 scenes, fewer are tested here; each threshold lies between the measured value and the baseline,
-nearer the value. Good methods are not ranked: the gaps between them are noise.
+Measured on the shipped weights over 300 scenes, fewer are tested here; each threshold lies between the measured value
+and the baseline, nearer the value. Good methods are not ranked: the gaps between them are noise.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def test_a_method_points_at_the_object(method: str) -> None:
     for baseline in baselines().values():
         assert pointing > 1.5 * baseline.pointing
         assert iou > 1.5 * baseline.iou
-        assert found.energy > 1.2 * baseline.energy
+        assert found.energy > 1.1 * baseline.energy
     assert found.pointing >= pointing
     assert found.iou >= iou
 
