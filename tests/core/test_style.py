@@ -34,6 +34,14 @@ def test_a_gram_matrix_is_a_sum_over_places() -> None:
     torch.testing.assert_close(gram(given.repeat(1, 1, 2, 3)), gram(given))  # nor of sizes
 
 
+def test_the_gradient_of_a_gram_matrix_is_that_of_the_sum() -> None:
+    given, weights = maps().requires_grad_(True), torch.randn(2, 3, 3, dtype=torch.float64)  # not symmetric
+    (found,) = torch.autograd.grad((gram(given) * weights).sum(), given)
+    plain = torch.einsum("nihw,njhw->nij", given, given) / (3 * 4 * 5)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), given)
+    torch.testing.assert_close(found, expected)
+
+
 def test_distances_are_relative() -> None:
     a, b = gram(maps(0)), gram(maps(1))
     expected = [((a[k] - b[k]) ** 2).sum() / (b[k] ** 2).sum() for k in range(2)]
