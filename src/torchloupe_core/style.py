@@ -49,7 +49,7 @@ class Style(Term):
 
 def gram(maps: Tensor) -> Tensor:
     """`[n, C, C]`: the Gram matrices of maps `[n, C, h, w]`."""
-    found: Tensor = _Gram.apply(maps.flatten(2) / (maps[0].numel() ** 0.5))  # type: ignore[no-untyped-call]
+    found: Tensor = _Gram.apply(maps.flatten(2) / (maps[0].numel() ** 0.5))
     return found
 
 
