@@ -182,6 +182,7 @@ def _network(minutes: float) -> None:
     model, data = tl.load("demo"), tl.demo_scenes(1000, seed=3)
     style = _photo(64, 96, 5)
     settings: dict[str, Any] = {"width": 16, "blocks": 3, "progress": False}
+    tl.train_stylizer(model, style, data, steps=5, **settings)  # the scenes are drawn, the layers are looked at
     begun = time.process_time()
     tl.train_stylizer(model, style, data, steps=20, **settings)
     pace = (time.process_time() - begun) / 20
