@@ -52,6 +52,7 @@ HOMES = {
     "click": {
         "torchloupe/cli.py",
         "torchloupe/cli_embedding.py",
+        "torchloupe/cli_images.py",
         "torchloupe/cli_influence.py",
         "torchloupe/cli_looking.py",
         "torchloupe/cli_options.py",

@@ -409,4 +409,4 @@ def _table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
 
 
 # Commands of files of their own, which need what is above.
-from torchloupe import cli_embedding, cli_influence, cli_looking, cli_making, cli_scan  # noqa: E402, F401
+from torchloupe import cli_embedding, cli_images, cli_influence, cli_looking, cli_making, cli_scan  # noqa: E402, F401
