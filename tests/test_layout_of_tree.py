@@ -56,6 +56,7 @@ HOMES = {
         "torchloupe/cli.py",
         "torchloupe/cli_compare.py",
         "torchloupe/cli_embedding.py",
+        "torchloupe/cli_images.py",
         "torchloupe/cli_influence.py",
         "torchloupe/cli_looking.py",
         "torchloupe/cli_options.py",

@@ -101,6 +101,8 @@ METHODS = {
     ("features", "lancedb.table"): "torchloupe_adapters.lancedb",
     ("visualize", "lucent"): "torchloupe_adapters.lucent",
     ("visualize", "native"): "torchloupe_core.methods.optimize",
+    ("dream", "deepdream"): "torchloupe_core.methods.dream",
+    **{("fool", name): "torchloupe_core.methods.fooling" for name in ("fgsm", "pgd")},
     **{("influence", name): _INFLUENCE for name in ("arnoldi", "cg", "exact", "gradient_dot", "lissa", "self")},
     **{("influence", name): "torchloupe_core.methods.influence.kfac" for name in ("ekfac", "kfac")},
     **{("influence", name): "torchloupe_core.methods.influence.checkpoints" for name in ("tracin", "trak")},

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
     from torchloupe._clean import clean
     from torchloupe._compare import compare
     from torchloupe._descents import descents
+    from torchloupe._dream import dream
     from torchloupe._embed import embed
     from torchloupe._examples import examples
     from torchloupe._explain import explain
     from torchloupe._facets import facets
     from torchloupe._features import features
+    from torchloupe._fool import fool
     from torchloupe._influence import influence
     from torchloupe._interactions import class_prototype, directions, interactions, spectrum
+    from torchloupe._invert import invert
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
     from torchloupe._scan import scan
+    from torchloupe._style import stylize, texture
     from torchloupe._tables import methods
+    from torchloupe._train_stylizer import train_stylizer
     from torchloupe._validate_influence import validate_influence
     from torchloupe._visualize import visualize
     from torchloupe._weights import weights
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
     from torchloupe_core.examples import Examples
     from torchloupe_core.features import FeatureSet
     from torchloupe_core.filters import Filters
+    from torchloupe_core.fooled import Fooled
     from torchloupe_core.gallery import Gallery
     from torchloupe_core.handle import Handle
     from torchloupe_core.influence import Influence
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
     from torchloupe_core.results import open_result as open
     from torchloupe_core.scans import Scan
     from torchloupe_core.spec import Spec
+    from torchloupe_core.stylizer import Stylizer
     from torchloupe_core.suspects import Suspects
     from torchloupe_core.targets import (
         Target,
@@ -87,6 +94,7 @@ __all__ = [
     "Examples",
     "FeatureSet",
     "Filters",
+    "Fooled",
     "Gallery",
     "Grid",
     "Handle",
@@ -98,6 +106,7 @@ __all__ = [
     "ReceptiveField",
     "Scan",
     "Spec",
+    "Stylizer",
     "Suspects",
     "Target",
     "Validation",
@@ -115,15 +124,18 @@ __all__ = [
     "descents",
     "direction",
     "directions",
+    "dream",
     "embed",
     "errors",
     "examples",
     "explain",
     "facets",
     "features",
+    "fool",
     "influence",
     "interactions",
     "interpolate",
+    "invert",
     "layer",
     "load",
     "logit",
@@ -141,7 +153,10 @@ __all__ = [
     "sigmoid",
     "similarity",
     "spectrum",
+    "stylize",
     "target",
+    "texture",
+    "train_stylizer",
     "transforms",
     "validate_influence",
     "visualize",
@@ -158,6 +173,7 @@ _HOMES = {
     "Examples": "torchloupe_core.examples",
     "FeatureSet": "torchloupe_core.features",
     "Filters": "torchloupe_core.filters",
+    "Fooled": "torchloupe_core.fooled",
     "Grid": "torchloupe_core.evengrid",
     "Handle": "torchloupe_core.handle",
     "Influence": "torchloupe_core.influence",
@@ -171,6 +187,7 @@ _HOMES = {
     "Spec": "torchloupe_core.spec",
     "Suspects": "torchloupe_core.suspects",
     "Validation": "torchloupe_core.validation",
+    "Stylizer": "torchloupe_core.stylizer",
     "Visualization": "torchloupe_core.visualization",
     "accentuate": "torchloupe._accentuate",
     "activations": "torchloupe._activations",
@@ -182,14 +199,17 @@ _HOMES = {
     "embed": "torchloupe._embed",
     "descents": "torchloupe._descents",
     "directions": "torchloupe._interactions",
+    "dream": "torchloupe._dream",
     "errors": "torchloupe.errors:",
     "compare": "torchloupe._compare",
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
     "features": "torchloupe._features",
     "facets": "torchloupe._facets",
+    "fool": "torchloupe._fool",
     "interactions": "torchloupe._interactions",
     "influence": "torchloupe._influence",
+    "invert": "torchloupe._invert",
     "load": "torchloupe._models",
     "methods": "torchloupe._tables",
     "neighbors": "torchloupe._neighbors",
@@ -199,7 +219,10 @@ _HOMES = {
     "scan": "torchloupe._scan",
     "regularizers": "torchloupe_core.regularizers:",
     "spectrum": "torchloupe._interactions",
+    "stylize": "torchloupe._style",
     "target": f"{_TARGETS}:parse",
+    "texture": "torchloupe._style",
+    "train_stylizer": "torchloupe._train_stylizer",
     "transforms": "torchloupe_core.transforms:",
     "validate_influence": "torchloupe._validate_influence",
     "visualize": "torchloupe._visualize",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
@@ -27,7 +27,7 @@ from torchloupe_core.task import Made, Read, Task
 from torchloupe_core.transforms import TransformsLike
 from torchloupe_core.visualization import Visualization
 
-__all__ = ["rendered", "visualize"]
+__all__ = ["rendered", "visualization", "visualize"]
 
 PREFERRED = ("lucent", "native")  # what "auto" tries, in order
 
@@ -123,24 +123,37 @@ def rendered(
         way, made = _made(task, method, batch_size)
         thoughts = opinions(task, made)
     given = task.begin if task.reference is None else task.reference
-    return Visualization(
-        method=way.name,
-        backend=way.backend,
+    return visualization(
+        made,
+        wanted,
+        way,
+        given=given,
         seed=task.seed,
         seconds=time.perf_counter() - begun,
         forwards=handle.forwards - forwards,
-        versions=versions(way.backend),
         options={**task.options, "read": options.get("read", "auto")},
+        diagnostics={"redirected": list(made.redirected), **thoughts},
+    )
+
+
+def visualization(
+    made: Made, wanted: Sequence[Target], way: Method, *, given: Tensor | None, **facts: Any
+) -> Visualization:
+    """What was made as a result. given: the images `[n, C, H, W]` it was made from; facts: fields of a result."""
+    n = len(made.images)  # fewer than were wanted, if interrupted
+    return Visualization(
+        method=way.name,
+        backend=way.backend,
+        versions=versions(way.backend),
         images=pictures(made.images),
-        target=texts(wanted[: len(made.images)]),
-        scores=made.scores,
+        target=texts(wanted[:n]),
         losses=made.losses,
         alpha=made.alpha,
-        given=None if given is None else pictures(given[: len(made.images)].float().cpu()),
+        given=None if given is None else pictures(given[:n].float().cpu()),
         snapshots=torch.stack([pictures(one) for one in made.snapshots.values()]) if made.snapshots else None,
         snapshot_steps=tuple(made.snapshots),
         stopped=made.stopped,
-        diagnostics={"redirected": list(made.redirected), **thoughts},
+        **{"scores": made.scores, **facts},
     )
 
 

@@ -409,4 +409,12 @@ def _table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
 
 
 # Commands of files of their own, which need what is above.
-from torchloupe import cli_compare, cli_embedding, cli_influence, cli_looking, cli_making, cli_scan  # noqa: E402, F401
+from torchloupe import (  # noqa: E402
+    cli_compare,  # noqa: F401
+    cli_embedding,  # noqa: F401
+    cli_images,  # noqa: F401
+    cli_influence,  # noqa: F401
+    cli_looking,  # noqa: F401
+    cli_making,  # noqa: F401
+    cli_scan,  # noqa: F401
+)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchloupe_core.errors import BadInput
 
-__all__ = ["IMAGENET", "Colours", "as_colours", "measured", "mixed", "separated"]
+__all__ = ["IMAGENET", "Colours", "as_colours", "matched", "measured", "mixed", "separated"]
 
 Colours = str | Sequence[Sequence[float]] | Tensor | None
 
@@ -49,6 +49,28 @@ def measured(images: Tensor) -> Tensor:
     root: Tensor = vectors * spread.sqrt()
     root = root * root.sum(0).sign()  # an eigenvector's sign is arbitrary; brighter is more
     return root.flip(1).float()
+
+
+def matched(images: Tensor, like: Tensor) -> Tensor:
+    """Images `[n, 3, H, W]` with the mean colour and the covariance of colours of others, `[n, 3, h, w]`; in [0, 1].
+
+    By the one linear map that is symmetric for equal covariances (Gatys et al. 2016, Preserving Color in Neural
+    Artistic Style Transfer, eq. 3). Images that have not three channels get mean and spread channel by channel.
+    """
+    found = []
+    for image, other in zip(images.double(), like.double(), strict=True):
+        pixels, goal = image.flatten(1), other.flatten(1)  # [C, pixels]
+        root, back = _root(torch.cov(goal).view(len(goal), -1)), _root(torch.cov(pixels).view(len(goal), -1), -0.5)
+        moved = root @ back @ (pixels - pixels.mean(1, keepdim=True)) + goal.mean(1, keepdim=True)
+        found.append(moved.view_as(image))
+    return torch.stack(found).clamp(0, 1).to(images)
+
+
+def _root(covariance: Tensor, power: float = 0.5) -> Tensor:
+    """The symmetric power of a covariance; colours that do not vary at all are left as they are."""
+    spread, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = vectors * spread.clamp(min=1e-8) ** power @ vectors.T
+    return root
 
 
 def mixed(values: Tensor, colours: Tensor | None) -> Tensor:

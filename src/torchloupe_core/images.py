@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,80 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchloupe_core.errors import BadInput
 from torchloupe_core.spec import Preprocess, Spec, resize_and_normalise
 
-__all__ = ["SUFFIXES", "find", "finite", "open_picture", "read", "read_one"]
+__all__ = [
+    "SUFFIXES",
+    "Pixels",
+    "find",
+    "finite",
+    "open_picture",
+    "read",
+    "read_one",
+    "read_pixels",
+    "require_pictures",
+]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+OUTSIDE = 0.5 / 255  # of [0, 1], that rounding may have led
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images `[N, C, H, W]` as pixels in [0, 1], of any size."""
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def read_pixels(
+    images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype, longest: int | None = None
+) -> Pixels:
+    """Images at their own size, not preprocessed: pictures as they are, model inputs (float tensors) turned back.
+
+    longest: pixels of the longer side to scale them to. Raises `BadInput`, naming the image.
+    """
+    if isinstance(images, Tensor) and images.is_floating_point():
+        inputs = images[None] if images.ndim == 3 else images
+        _check(inputs, spec, sized=False)
+        require_pictures(inputs, spec)
+        values = spec.pixels(inputs.detach())
+    else:
+        parts = [_picture_pixels(image, name, spec) for name, image in _named(images)]
+        if not parts:
+            raise BadInput("no images were given")
+        if len(shapes := {tuple(part.shape) for part in parts}) > 1:
+            raise BadInput(f"the images have different sizes, {sorted(shapes)}; give them one by one, or resize them")
+        values = torch.stack(parts)
+    if longest is not None:
+        values = scaled(values, longest)
+    with torch.inference_mode(False):
+        return Pixels(values.to(device, dtype, copy=True))
+
+
+def require_pictures(inputs: Tensor, spec: Spec) -> None:
+    """Raises `BadInput` for model inputs `[N, C, H, W]` that no picture gives, whose pixels are outside [0, 1]."""
+    low, high = inputs.amin((2, 3)), inputs.amax((2, 3))  # [N, C]
+    known = spec.mean is not None and spec.std is not None
+    if spec.mean is not None and spec.std is not None:
+        mean, std = inputs.new_tensor(spec.mean), inputs.new_tensor(spec.std)
+        low, high = low * std + mean, high * std + mean
+    if bool((low < -OUTSIDE).any() or (high > 1 + OUTSIDE).any()):
+        raise BadInput(
+            f"as pixels these model inputs go from {low.min().item():.3g} to {high.max().item():.3g}, which is no "
+            "picture in [0, 1]; "
+            + (
+                "normalise them as the model's spec does, or give uint8 pictures"
+                if known
+                else "the model's mean and std are not known: tl.wrap(module, mean=, std=)"
+            )
+        )
 
 
 def read(images: Any, spec: Spec, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -107,6 +175,30 @@ def _one(image: Any, name: str, spec: Spec) -> Tensor:
     return prepared.detach()
 
 
+def _picture_pixels(image: Any, name: str, spec: Spec) -> Tensor:
+    """`[C, H, W]` in [0, 1]: a picture with as many channels as the model takes, three unless known."""
+    if isinstance(image, Tensor) and image.is_floating_point():
+        raise BadInput(f"{name} is a model input among pictures; give float tensors as one tensor [N, C, H, W]")
+    if spec.channels not in (None, 1, 3):
+        raise BadInput(f"the model takes {spec.channels} channels, a picture has 3; give model inputs as float tensors")
+    picture = _picture(image, name).convert("L" if spec.channels == 1 else "RGB")
+    values = torch.from_numpy(np.array(picture))
+    values = values[:, :, None] if values.ndim == 2 else values
+    return values.permute(2, 0, 1).float() / 255
+
+
+def scaled(values: Tensor, longest: int) -> Tensor:
+    """Pixels `[N, C, H, W]` in [0, 1] with a longer side of so many."""
+    if longest < 1:
+        raise BadInput(f"size is at least 1 pixel; got {longest}")
+    height, width = values.shape[2:]
+    factor = longest / max(height, width)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    if size == (height, width):
+        return values
+    return F.interpolate(values, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+
+
 def _picture(image: Any, name: str) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return open_picture(image)
@@ -157,12 +249,12 @@ def _preprocess(spec: Spec) -> Preprocess:
     return resize_and_normalise(spec.input_size, spec.mean, spec.std)
 
 
-def _check(inputs: Tensor, spec: Spec, names: Sequence[str] | None = None) -> None:
+def _check(inputs: Tensor, spec: Spec, names: Sequence[str] | None = None, *, sized: bool = True) -> None:
     if inputs.ndim != 4 or 0 in inputs.shape:
         raise BadInput(f"model inputs are [N, C, H, W] with at least one image; got {list(inputs.shape)}")
     if spec.channels is not None and inputs.shape[1] != spec.channels:
         raise BadInput(f"the model takes {spec.channels} channels; the images have {inputs.shape[1]}")
-    if spec.fixed_size and spec.input_size is not None and tuple(inputs.shape[1:]) != spec.input_size:
+    if sized and spec.fixed_size and spec.input_size is not None and tuple(inputs.shape[1:]) != spec.input_size:
         raise BadInput(f"the model takes inputs of {list(spec.input_size)} only; got {list(inputs.shape[1:])}")
     if not finite(inputs):
         bad = (~inputs.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()

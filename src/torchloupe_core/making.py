@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchloupe_core.atoms import Unit
 from torchloupe_core.errors import BadInput, LoupeError, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
+from torchloupe_core.images import Pixels
 from torchloupe_core.pace import Pace, out_of_memory
 from torchloupe_core.parametrizations import ParametrizationLike, as_parametrization
 from torchloupe_core.preactivation import read_before_rectifier
@@ -59,11 +60,13 @@ def commissioned(
     lr: float | None = None,
     steps: int = 512,
     snapshots: Sequence[int] = (),
+    tile: tuple[int, int] | None = None,
     **options: Any,
 ) -> Task:
     """The task of making an image for each target, everything checked. The model is already borrowed.
 
-    terms: more of them; compare: the images they compare with, given as `init` is, whose size is taken too.
+    terms: more of them; compare: the images they compare with, given as `init` is, whose size is taken too. Either may
+    be `Pixels`, of any size.
     """
     if steps < 1:
         raise BadInput(f"steps is at least 1; got {steps}")
@@ -71,10 +74,10 @@ def commissioned(
         raise BadInput(f'read is "auto", "pre" or "post"; got {read!r}')
     kind = as_parametrization(parametrization)
     looks = as_transforms("distill" if transforms is None else transforms)
-    begin, given = (None if one is None else handle.spec.pixels(handle.inputs(one)) for one in (init, compare))
+    begin, given = (None if one is None else _pixels(handle, one) for one in (init, compare))
     shape = _shape(handle, size, begin if given is None else given)
-    shown = _shown(handle, shape, looks)
-    seen_shape = (shape[0], *shown)
+    shown = _shown(handle, shape, looks) if tile is None else shape[1:]
+    seen_shape = (shape[0], *(tile or shown))
     _require_runs(handle, seen_shape)
     if read == "pre":
         targets = [read_before_rectifier(handle, one, seen_shape) for one in targets]
@@ -102,6 +105,7 @@ def commissioned(
         early=early,
         warm=min(steps, max(steps // WARM, WARMEST)) if early else 0,
         snapshots=kept,
+        tile=tile,
         **options,
     )
 
@@ -190,6 +194,11 @@ def _joined(parts: Sequence[Made]) -> Made:
         "; ".join(dict.fromkeys(part.stopped for part in parts if part.stopped)),
         any(part.interrupted for part in parts),
     )
+
+
+def _pixels(handle: Handle, given: Any) -> Tensor:
+    """Images of any kind as pixels `[N, C, H, W]` in [0, 1]."""
+    return given.values if isinstance(given, Pixels) else handle.spec.pixels(handle.inputs(given))
 
 
 def _shape(handle: Handle, size: Size, begin: Tensor | None) -> Shape:

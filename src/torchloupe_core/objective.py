@@ -11,6 +11,7 @@ from torchloupe_core.errors import NotApplicable
 from torchloupe_core.handle import Reading, pick
 from torchloupe_core.redirect import Redirected
 from torchloupe_core.task import Task
+from torchloupe_core.tiles import in_tiles
 from torchloupe_core.watch import Watch
 
 __all__ = ["Objective"]
@@ -56,9 +57,16 @@ class Objective:
     def value(self, views: Tensor) -> Tensor:
         """Of the target by itself, `[n]`."""
         with torch.no_grad():
-            return self._values(views, None)[0]
+            if self.task.tile is None:
+                return self._values(views, None)[0]
+            return in_tiles(lambda part: (self._values(part, None)[0], part), views, self.task.tile)[0]
 
     def _ask(self, views: Tensor, share: Tensor) -> Answer:
+        if self.task.tile is None:
+            return self._ask_whole(views, share)
+        return in_tiles(lambda part: self._ask_whole(part, share), views, self.task.tile)
+
+    def _ask_whole(self, views: Tensor, share: Tensor) -> Answer:
         with torch.enable_grad():
             leaf = views.detach().requires_grad_(True)
             values, penalties = self._values(leaf, share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def _draw_visualization(
     curve: what was minimised, step by step, below. alpha: pixels that mattered little fade into white; by default where
     the result knows it.
     """
+    if _alike(made):
+        made = _with_given(made)
     before = _before(made)
     shown = min(len(made), min(most, MOST_ROWS) if before else most)
     fades = made.alpha is not None if alpha is None else alpha
@@ -95,6 +98,26 @@ def _before(made: Visualization) -> list[tuple[str, Tensor]]:
     return found
 
 
+def _alike(made: Visualization) -> bool:
+    """Whether several images were made from one and the same."""
+    given = made.given
+    return made.snapshots is None and len(made) > 1 and given is not None and bool((given == given[:1]).all())
+
+
+def _with_given(made: Visualization) -> Visualization:
+    """The same with what was given as the first of the images."""
+    blank = torch.full((1, made.losses.shape[1]), float("nan"))
+    return replace(
+        made,
+        images=torch.cat([made.images if made.given is None else made.given[:1], made.images]),
+        target=("given", *made.targets),
+        scores=torch.cat([torch.full((1,), float("nan")), made.scores]),
+        losses=torch.cat([blank, made.losses]),
+        alpha=None if made.alpha is None else torch.cat([torch.ones_like(made.alpha[:1]), made.alpha]),
+        given=None,
+    )
+
+
 def _columns(count: int) -> int:
     """Few rows, evenly filled."""
     rows = math.ceil(count / COLUMNS)
@@ -107,7 +130,10 @@ def _show(axes: Any, image: Tensor, title: str) -> None:
 
 
 def _title(made: Visualization, index: int) -> str:
-    return f"{_short(made.targets[index])}\n= {made.scores[index].item():.3g}"
+    value = made.scores[index].item()
+    if math.isnan(value):
+        return _short(made.targets[index])
+    return f"{_short(made.targets[index])}\n{made.diagnostics.get('label', '=')} {value:.3g}"
 
 
 def _faded(made: Visualization, index: int) -> Tensor:
@@ -117,11 +143,14 @@ def _faded(made: Visualization, index: int) -> Tensor:
 
 def _curve(axes: Any, made: Visualization, shown: int) -> None:
     steps = range(1, made.losses.shape[1] + 1)
-    for index in range(shown):
+    rows = [index for index in range(shown) if not made.losses[index].isnan().all()]
+    for index in rows:
         axes.plot(steps, made.losses[index].numpy(), linewidth=0.8, label=made.targets[index][:LETTERS])
     axes.set_xlabel("step", fontsize=7)
     axes.set_ylabel("loss", fontsize=7)
     axes.tick_params(labelsize=6)
     axes.spines[["top", "right"]].set_visible(False)
-    if shown <= COLUMNS:
+    if rows and bool((made.losses[rows].nan_to_num(1.0) > 0).all()):
+        axes.set_yscale("log")
+    if len(rows) <= COLUMNS:
         axes.legend(fontsize=6, frameon=False)

@@ -44,12 +44,14 @@ _HOMES = {
     "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",
     "Filters": "torchloupe_core.filters",
+    "Fooled": "torchloupe_core.fooled",
     "Grid": "torchloupe_core.evengrid",
     "Influence": "torchloupe_core.influence",
     "Neighbors": "torchloupe_core.neighbors",
     "Gallery": "torchloupe_core.gallery",
     "Suspects": "torchloupe_core.suspects",
     "Validation": "torchloupe_core.validation",
+    "Stylizer": "torchloupe_core.stylizer",
     "Visualization": "torchloupe_core.visualization",
 }
 

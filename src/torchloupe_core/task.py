@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchloupe_core.adam import Adam
 from torchloupe_core.canvas import Canvas, Draw
+from torchloupe_core.descent import Descent
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.parametrizations import Parametrization
 from torchloupe_core.regularizers import Regularizer
@@ -34,6 +36,8 @@ class Task:
     all that were asked for, which its random numbers depend on. redirect: whether a gradient that is zero is replaced.
     early: the same targets read before their ReLU, which count too in the first `warm` steps, less and less, so that
     positions where a unit is off take part at first.
+    optimizer: what moves the numbers, made of them and of lr. tile: (h, w) of the parts that images are shown in, one
+    after the other, so that the memory of a step is that of one part; None shows them whole.
     snapshots: the steps after which images are kept. precision: of autocast, if any. compile: whether forward and
     backward pass are compiled, or the backend that does it. report: told of each step.
     """
@@ -51,6 +55,8 @@ class Task:
     begin: Tensor | None = None
     steps: int = 512
     lr: float = 0.05
+    optimizer: Callable[[Sequence[Tensor], float], Descent] = Adam
+    tile: tuple[int, int] | None = None
     seed: int = 0
     first: int = 0
     redirect: bool = True
@@ -72,6 +78,11 @@ class Task:
         return torch.promote_types(self.handle.dtype, torch.float32)
 
     @property
+    def seen(self) -> Shape:
+        """(C, h, w) of one input of the network."""
+        return self.shape[0], *(self.tile or self.shown)
+
+    @property
     def group(self) -> int:
         """How many images in a row have to be made together."""
         return len(self) if self.parametrization.coupled else max([1, *(term.group for term in self.terms)])
@@ -87,7 +98,8 @@ class Task:
         """The task of making some of the images."""
         cut = {name: getattr(self, name) for name in ("targets", "early", "begin", "reference")}
         cut = {name: None if each is None else each[start:stop] for name, each in cut.items()}
-        return replace(self, **cut, first=self.first + start)
+        terms = [term.only(start, stop) for term in self.terms]
+        return replace(self, **cut, terms=terms, first=self.first + start)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Watch]:
@@ -96,8 +108,7 @@ class Task:
         names += [name for bound in self.early for name in bound.target.layers]
         names += [name for term in self.terms for name in term.layers]
         through = any(bound.target.reads_output for bound in self.targets)
-        shape = (self.shape[0], *self.shown)
-        watching = self.handle.watch(*dict.fromkeys(names), through=through, shape=shape)
+        watching = self.handle.watch(*dict.fromkeys(names), through=through, shape=self.seen)
         with self.parametrization.borrowed(), watching as watch:
             yield watch
 

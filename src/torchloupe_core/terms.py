@@ -37,6 +37,10 @@ class Term:
         """Of each image of a group `[n, C, h, w]`, `[n]`."""
         raise NotImplementedError
 
+    def only(self, start: int, stop: int) -> Term:
+        """The term for some of the images; the same where it holds nothing of single images."""
+        return self
+
 
 @dataclass(frozen=True)
 class Diversity(Term):

@@ -25,6 +25,7 @@ __all__ = [
     "Jitter",
     "Noise",
     "Pad",
+    "Roll",
     "Rotate",
     "Scale",
     "Transform",
@@ -72,6 +73,21 @@ class Jitter:
             raise BadInput(f"Jitter({self.pixels}) leaves nothing of images of {_size(images)}")
         top, left = torch.randint(self.pixels + 1, (2,), generator=generator).tolist()
         return images[:, :, top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Moves the images by up to `pixels` either way; what leaves on one side comes back on the other."""
+
+    pixels: int
+
+    def __post_init__(self) -> None:
+        if self.pixels < 0:
+            raise BadInput(f"Roll takes at least 0 pixels; got {self.pixels}")
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        down, right = torch.randint(-self.pixels, self.pixels + 1, (2,), generator=generator).tolist()
+        return images.roll((down, right), (2, 3))
 
 
 @dataclass(frozen=True)

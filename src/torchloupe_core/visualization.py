@@ -21,8 +21,9 @@ __all__ = ["Visualization"]
 class Visualization(Result):
     """Images optimised for targets.
 
-    images: `[n, 3, H, W]` in [0, 1]. target: its canonical text, or one text for each image. scores: the target's value
-    for each image as it is, `[n]`. losses: `[n, steps]`, what was minimised at each step, on the images as transformed
+    images: `[n, 3, H, W]` in [0, 1]. target: its canonical text, or one text for each image; of textures and styles a
+    word. scores: the target's value for each image as it is, `[n]`; where an image was made to agree with another, how
+    far it is from that. losses: `[n, steps]`, what was minimised at each step, on the images as transformed
     then: the target's negative and the penalties. alpha: `[n, 1, H, W]` in [0, 1], how much the optimisation was about
     each pixel, where the parametrisation tells. given: `[n, 3, H, W]`, the images it began from or was compared with.
     snapshots: `[s, n, 3, H, W]`, the images after `snapshot_steps`.

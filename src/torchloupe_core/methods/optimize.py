@@ -1,6 +1,6 @@
 """Images optimised to move a target: the course of a run in every engine, and the native engine.
 
-A step is: numbers -> images -> what the network is shown of them -> objective -> gradient -> step of Adam. The forward
+A step is: numbers -> images -> what the network is shown of them -> objective -> gradient -> step downhill. The forward
 pass stops after the last layer the target reads, and the gradient is taken to the network's input only, so that
 neither hooks nor parameters of the model are involved in what an engine does with it.
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchloupe_core.adam import Adam
 from torchloupe_core.canvas import Canvas
+from torchloupe_core.descent import Descent
 from torchloupe_core.errors import BadInput
 from torchloupe_core.objective import Objective
 from torchloupe_core.registry import method
@@ -62,7 +62,7 @@ class Run:
 
     def views(self, images: Tensor) -> Tensor:
         """What the network is shown of the images at this step, `[views * n, C, h, w]`."""
-        if self.task.reference is not None:
+        if self.task.reference is not None and (self.task.transforms or self.step == 0):  # else it looks the same
             state = self._views.generator.get_state()
             self.objective.refer(self._views(self.task.reference.to(images)))
             self._views.generator.set_state(state)  # the images are shown from the same point of view
@@ -87,6 +87,16 @@ class Run:
         self._losses.append(losses)
         self._good = self.canvas.kept()
         return total
+
+    @property
+    def losses(self) -> Tensor:
+        """What was minimised when it was last asked for, `[n]`."""
+        return self._losses[-1]
+
+    def know(self, losses: Tensor | None) -> None:
+        """Takes note of the losses after a step, where the optimiser knows them."""
+        if losses is not None:
+            self._losses[-1], self._good = losses, self.canvas.kept()
 
     def about(self, gradient: Tensor) -> None:
         """Takes note of where the gradient at the images is large."""
@@ -147,7 +157,7 @@ def native(task: Task) -> Made:
     """The loop in plain torch."""
     with task.watched() as watch:
         run = Run(task, watch, task.canvas())
-        optimizer = Adam(run.canvas.tensors, task.lr)
+        optimizer = task.optimizer(run.canvas.tensors, task.lr)
         with run.under_way():
             while run.step < task.steps:
                 _step(run, optimizer)
@@ -155,8 +165,9 @@ def native(task: Task) -> Made:
         return run.made()
 
 
-def _step(run: Run, optimizer: Adam) -> None:
+def _step(run: Run, optimizer: Descent) -> None:
     canvas, regularizers = run.canvas, run.task.regularizers
+    optimizer.begin()
     with torch.enable_grad():
         images = canvas.images()
         (gradient,) = torch.autograd.grad(run.loss(run.views(images), images), images)
@@ -167,7 +178,7 @@ def _step(run: Run, optimizer: Adam) -> None:
         total = (images * gradient).sum()
         if (penalty := canvas.penalty()) is not None:
             total = total + penalty.sum()
-        optimizer.step(torch.autograd.grad(total, canvas.tensors))
+        run.know(optimizer.step(torch.autograd.grad(total, canvas.tensors), run.losses))
     canvas.settle()
     for one in regularizers:
         if one.on_image:
