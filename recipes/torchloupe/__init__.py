@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchloupe import checks, errors
     from torchloupe._accentuate import accentuate, caricature
     from torchloupe._activations import activations
+    from torchloupe._audit import audit
     from torchloupe._clean import clean
     from torchloupe._compare import compare
     from torchloupe._descents import descents
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torchloupe._models import load, wrap
     from torchloupe._neighbors import neighbors
     from torchloupe._receptive import receptive_field
+    from torchloupe._recommend import recommend
     from torchloupe._scan import scan
     from torchloupe._style import stylize, texture
     from torchloupe._tables import methods
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from torchloupe_adapters.demo.scenes import demo_scenes
     from torchloupe_core import parametrizations, regularizers, transforms
     from torchloupe_core.activations import Activations
+    from torchloupe_core.audit import Audit
     from torchloupe_core.comparison import Comparison
     from torchloupe_core.embedding import Embedding
     from torchloupe_core.evengrid import Grid
@@ -89,6 +92,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "Attribution",
+    "Audit",
     "Comparison",
     "Embedding",
     "Examples",
@@ -113,6 +117,7 @@ __all__ = [
     "Visualization",
     "accentuate",
     "activations",
+    "audit",
     "box_score",
     "caricature",
     "channel",
@@ -147,6 +152,7 @@ __all__ = [
     "parametrizations",
     "prob",
     "receptive_field",
+    "recommend",
     "region",
     "regularizers",
     "scan",
@@ -169,6 +175,7 @@ _HOMES = {
     "Activations": "torchloupe_core.activations",
     "Attribution": "torchloupe_core.results",
     "Embedding": "torchloupe_core.embedding",
+    "Audit": "torchloupe_core.audit",
     "Comparison": "torchloupe_core.comparison",
     "Examples": "torchloupe_core.examples",
     "FeatureSet": "torchloupe_core.features",
@@ -201,7 +208,9 @@ _HOMES = {
     "directions": "torchloupe._interactions",
     "dream": "torchloupe._dream",
     "errors": "torchloupe.errors:",
+    "audit": "torchloupe._audit",
     "compare": "torchloupe._compare",
+    "recommend": "torchloupe._recommend",
     "examples": "torchloupe._examples",
     "explain": "torchloupe._explain",
     "features": "torchloupe._features",

@@ -1,4 +1,4 @@
-"""The command `torchloupe compare`: methods side by side on a folder of pictures."""
+"""The commands `torchloupe compare | recommend | audit`: methods side by side, and what a model goes by."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import click
 
 from torchloupe.cli import FILE, _options, _print, _say, main
 from torchloupe.cli_looking import _opened
-from torchloupe.cli_options import of_a_model
+from torchloupe.cli_options import of_a_model, of_weights
 from torchloupe_core.errors import BadInput
 
-__all__ = ["compare"]
+__all__ = ["audit", "compare", "recommend"]
 
 
 @main.command(no_args_is_help=True)
@@ -98,3 +98,89 @@ def _by_name(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise BadInput(f"--option {key} does not say whose it is, as in rise.{key}=...")
         found.setdefault(name, {})[option] = value
     return found
+
+
+@main.command(no_args_is_help=True)
+@click.argument("folder", type=FILE)
+@click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
+@click.option("--methods", multiple=True, metavar="M,M", help="The candidates; one of each kind unless given.")
+@click.option("--metrics", multiple=True, metavar="M,M", help="Of torchloupe methods compare.")
+@click.option("--masks", type=FILE, help="Folder of pictures named like those in FOLDER, white where the object is.")
+@click.option("--target", help="As in logit:dog; each picture's predicted class unless given.")
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Seconds that one picture may take.")
+@of_weights
+def recommend(
+    folder: Path,
+    model: str,
+    methods: tuple[str, ...],
+    metrics: tuple[str, ...],
+    masks: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Says which method of explain to use on a model, from the pictures of FOLDER; a few dozen will do.
+
+    \b
+    Example:
+      torchloupe recommend photos --model timm/resnet50 --budget 1
+    """
+    import torchloupe as tl
+
+    weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device", "seed")}
+    chosen: dict[str, Any] = {
+        name: _names(given) for name, given in (("methods", methods), ("metrics", metrics)) if given
+    }
+    found = tl.recommend(
+        _opened(model, **weights),
+        str(folder),
+        masks=None if masks is None else str(masks),
+        seed=weights["seed"],
+        **chosen,
+        **asked,
+    )
+    _print(
+        json.dumps({"recommended": found.recommended, "mean_ranks": found.mean_ranks()})
+        if as_json
+        else found.table().rstrip()
+    )
+
+
+@main.command(no_args_is_help=True)
+@click.argument("folder", type=FILE)
+@click.option("--model", default="demo", show_default=True, help="As in timm/resnet50 or torchvision/resnet50.")
+@click.option("--masks", type=FILE, help="Folder of pictures named like those in FOLDER, white where the object is.")
+@click.option(
+    "--method", default="captum.integrated_gradients", show_default=True, help="Of torchloupe methods explain."
+)
+@click.option("--width", type=click.IntRange(min=3), help="Of a region, in pixels; a fifth of the side unless given.")
+@click.option("--images", type=click.IntRange(min=5), default=1000, show_default=True, help="Looked at, at most.")
+@of_a_model
+def audit(folder: Path, model: str, masks: Path | None, out: Path, as_json: bool, **asked: Any) -> None:
+    """Looks for small regions that recur in the pictures of a class and decide for it by themselves.
+
+    Prints what was found, and writes it into --out as audit.npz and audit.png.
+
+    \b
+    Example:
+      torchloupe audit photos --model mine --checkpoint mine.pt --out audit
+    """
+    import torchloupe as tl
+    from torchloupe_core import plots
+    from torchloupe_core.results import writable_folder, write_whole
+
+    writable_folder(out)
+    weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device", "seed")}
+    found = tl.audit(
+        _opened(model, **weights),
+        str(folder),
+        masks=None if masks is None else str(masks),
+        seed=weights["seed"],
+        **asked,
+    )
+    found.save(out / "audit")
+    write_whole(out / "audit.png", plots.png(found))
+    for name, why in found.skipped.items():
+        _say(why if name in why else f"{name}: {why}")
+    facts = {name: getattr(found, name) for name in ("classes", "shares", "covered", "transplanted", "control")}
+    _print(json.dumps(facts) if as_json else found.table().rstrip())
+    raise click.exceptions.Exit(1 if found.skipped else 0)

@@ -55,7 +55,7 @@ class Comparison(Result):
     which are `images [S, 3, H, W]`; targets: of all.
 
     refused: methods, and pairs "method, metric", with why. notes: what is to be known of a method. skipped: images that
-    could not be read.
+    could not be read. recommended: the method to use, where that was asked.
     """
 
     drawings: ClassVar[str] = "torchloupe_core.plots_comparison"
@@ -76,6 +76,7 @@ class Comparison(Result):
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    recommended: str = ""
 
     def __len__(self) -> int:
         return len(self.methods)
@@ -95,7 +96,8 @@ class Comparison(Result):
         text = "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
-        told = [f"{name}: {note}" for name, notes in self.notes.items() for note in notes]
+        told = [f"recommended: {self.recommended}"] if self.recommended else []
+        told += [f"{name}: {note}" for name, notes in self.notes.items() for note in notes]
         told += [f"{name}: refused, {why}" for name, why in self.refused.items()]
         return "\n".join([text, *([""] if told else []), *told]) + "\n"
 

@@ -40,6 +40,7 @@ Box = tuple[int, int, int, int]
 # Kinds that live in files of their own, read when one of them is opened.
 _HOMES = {
     "Activations": "torchloupe_core.activations",
+    "Audit": "torchloupe_core.audit",
     "Comparison": "torchloupe_core.comparison",
     "Embedding": "torchloupe_core.embedding",
     "Examples": "torchloupe_core.examples",

@@ -1,4 +1,4 @@
-"""`torchloupe compare`."""
+"""`torchloupe compare | recommend | audit`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from command import Run
+from PIL import Image
 
 import torchloupe as tl
 
@@ -51,3 +52,20 @@ def test_bad_input_is_one_line(run: Run, photos: Path, tmp_path: Path) -> None:
         done = run("compare", photos, *QUICK, *words, "--out", tmp_path / "out")
         assert done.exit_code == 2 and problem in done.stderr and len(done.stderr.splitlines()) == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_method_is_recommended(run: Run, photos: Path) -> None:
+    words = ("recommend", photos, "--methods", "cam,saliency", "--metrics", "sparsity", "--no-progress")
+    done = run(*words)
+    assert done.exit_code == 0 and "recommended: cam" in done.stdout, done.stderr
+    facts = json.loads(run(*words, "--json").stdout)
+    assert facts["recommended"] in facts["mean_ranks"] and set(facts["mean_ranks"]) == {"cam", "captum.saliency"}
+
+
+def test_a_shortcut_is_looked_for(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "scenes").mkdir()
+    for index, scene in enumerate(tl.demo_scenes(40, seed=21, watermark=0.5).images):
+        Image.fromarray(scene.permute(1, 2, 0).numpy()).save(tmp_path / f"scenes/{index:03d}.png")
+    done = run("audit", tmp_path / "scenes", "--model", "demo/backdoored", "--no-progress", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and done.stdout.startswith("mushroom: a region recurs in"), done.stderr
+    assert tl.open(tmp_path / "out/audit.npz").classes == ("mushroom",) and (tmp_path / "out/audit.png").exists()

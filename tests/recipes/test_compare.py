@@ -251,3 +251,18 @@ def test_one_method_in_every_backend(scenes: Any) -> None:
         assert found.row(name, "deletion").rank == 1
     with pytest.raises(BadInput, match="across is"):
         tl.compare("demo", scenes.images[:3], across="models", **QUICK)
+
+
+def test_a_method_is_recommended_with_the_evidence(scenes: Any) -> None:
+    names = ["grad_cam", "guided_backprop", "integrated_gradients", "saliency", "attention_relevance"]
+    asked: dict[str, Any] = {"metrics": ["deletion", "pointing", "randomisation"], "masks": scenes.masks[:12, 0]}
+    options = {"deletion": {"step": 512}, "integrated_gradients": {"steps": 4}}
+    found = tl.recommend("demo", scenes.images[:12], methods=names, options=options, progress=False, **asked)
+    ranks = found.mean_ranks()
+    assert found.recommended == next(name for name in ranks if name != "captum.guided_backprop")
+    assert "attention" in found.refused["attention_relevance"] and f"recommended: {found.recommended}" in found.table()
+    assert found.options["captum.integrated_gradients"] == {"steps": 4}
+    with pytest.raises(NotApplicable, match=r"no method is left: grad_cam: takes .* above the budget of 1e-09 s"):
+        tl.recommend("demo", scenes.images[:2], methods=["grad_cam"], budget=1e-9)
+    with pytest.raises(BadInput, match="budget is in seconds"):
+        tl.recommend("demo", scenes.images[:2], budget=0)
