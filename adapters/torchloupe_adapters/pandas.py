@@ -11,7 +11,7 @@ from torchloupe_core.registry import method
 __all__ = ["frame"]
 
 
-@method("table", "pandas.frame")
+@method("table", "pandas.frame", cost="nothing")
 def frame(records: Sequence[dict[str, Any]]) -> Any:
     """Lines of named values as a `pandas.DataFrame`."""
     try:

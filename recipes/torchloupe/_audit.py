@@ -15,6 +15,7 @@ from torchloupe._masks import masks_of
 from torchloupe._models import ModelLike, opened
 from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
+from torchloupe_core import registry
 from torchloupe_core.audit import Audit
 from torchloupe_core.dataset import DataSet, open_data
 from torchloupe_core.errors import BadInput
@@ -58,6 +59,7 @@ def audit(
     as in `compare`; a region mostly on it is the object and no shortcut. width: of the window in pixels, a fifth of the
     shorter side unless given. images: looked at, at most, evenly spread. method, options: of `explain`.
     """
+    registry.find("explain", method).check_options(options)
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
     data = open_data(dataset, handle.spec)

@@ -51,7 +51,10 @@ def measured(method: str) -> Scores:
 
 
 def test_every_method_is_measured() -> None:
-    assert {entry.name for entry in tl.methods("explain")} == set(LEAST) | set(UNMEASURED)
+    ours = {
+        entry.name for entry in tl.methods("explain") if entry.backend in ("native", "captum")
+    }  # others have their own
+    assert ours == set(LEAST) | set(UNMEASURED)
 
 
 UNMEASURED = {

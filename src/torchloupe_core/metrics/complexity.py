@@ -11,7 +11,13 @@ from torchloupe_core.registry import method
 __all__ = ["complexity", "sparsity"]
 
 
-@method("compare", "sparsity", better="higher", paper="Chalasani et al. 2020, Concise Explanations, section 2 (Gini)")
+@method(
+    "compare",
+    "sparsity",
+    better="higher",
+    cost="no forward",
+    paper="Chalasani et al. 2020, Concise Explanations, section 2 (Gini)",
+)
 def sparsity(case: Case) -> Tensor:
     """The Gini index of the magnitudes: 0 where all pixels matter alike, towards 1 where few do."""
     ordered = case.maps.flatten(1).double().abs().sort(1).values
@@ -21,7 +27,13 @@ def sparsity(case: Case) -> Tensor:
     return ((ordered * weights).sum(1) / (count * total)).float()
 
 
-@method("compare", "complexity", better="lower", paper="Bhatt et al. 2020, Evaluating and Aggregating, definition 3")
+@method(
+    "compare",
+    "complexity",
+    better="lower",
+    cost="no forward",
+    paper="Bhatt et al. 2020, Evaluating and Aggregating, definition 3",
+)
 def complexity(case: Case) -> Tensor:
     """The entropy of the magnitudes as shares of their sum, in nats; log(H W) for an even map."""
     sizes = case.maps.flatten(1).double().abs()

@@ -12,25 +12,45 @@ from torchloupe_core.registry import method
 __all__ = ["average_precision", "energy_pointing", "iou", "pointing"]
 
 
-@method("compare", "pointing", better="higher", paper="Zhang et al. 2016, Excitation Backprop, section 4.1")
+@method(
+    "compare",
+    "pointing",
+    better="higher",
+    cost="no forward",
+    paper="Zhang et al. 2016, Excitation Backprop, section 4.1",
+)
 def pointing(case: Case, *, tolerance: int = 0) -> Tensor:
     """1 where the maximum lies in the mask, or within `tolerance` pixels of it; 15 at 224 pixels in the paper."""
     return pointing_hit(case.maps, case.truth(), tolerance=tolerance).float()
 
 
-@method("compare", "energy_pointing", better="higher", paper="Wang et al. 2020, Score-CAM, section 4.3")
+@method(
+    "compare", "energy_pointing", better="higher", cost="no forward", paper="Wang et al. 2020, Score-CAM, section 4.3"
+)
 def energy_pointing(case: Case) -> Tensor:
     """The share of the positive values inside the mask."""
     return energy_inside(case.maps, case.truth())
 
 
-@method("compare", "iou", better="higher", paper="Simonyan et al. 2013, Deep Inside Convolutional Networks")
+@method(
+    "compare",
+    "iou",
+    better="higher",
+    cost="no forward",
+    paper="Simonyan et al. 2013, Deep Inside Convolutional Networks",
+)
 def iou(case: Case) -> Tensor:
     """Overlap of the mask with as many of the highest pixels as the mask has."""
     return top_area_iou(case.maps, case.truth())
 
 
-@method("compare", "average_precision", better="higher", paper="Choe et al. 2020, Evaluating WSOL methods right (PxAP)")
+@method(
+    "compare",
+    "average_precision",
+    better="higher",
+    cost="no forward",
+    paper="Choe et al. 2020, Evaluating WSOL methods right (PxAP)",
+)
 def average_precision(case: Case) -> Tensor:
     """Mean precision over the mask's pixels, the map being the score of a pixel; equal values count together."""
     return torch.stack([_precision(*one) for one in zip(case.maps, case.truth(), strict=True)])
