@@ -266,3 +266,11 @@ def test_a_method_is_recommended_with_the_evidence(scenes: Any) -> None:
         tl.recommend("demo", scenes.images[:2], methods=["grad_cam"], budget=1e-9)
     with pytest.raises(BadInput, match="budget is in seconds"):
         tl.recommend("demo", scenes.images[:2], budget=0)
+
+
+def test_a_data_frame(found: tl.Comparison) -> None:
+    pytest.importorskip("pandas")
+    frame = found.to_pandas()
+    assert len(frame) == 7 * 7 and list(frame.columns[:4]) == ["method", "layer", "metric", "better"]
+    best = frame[frame["metric"] == "iou"].iloc[0]
+    assert best["mean"] == found.row(best["method"], "iou").mean

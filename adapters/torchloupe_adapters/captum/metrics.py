@@ -49,7 +49,7 @@ def infidelity(case: Case, *, n_samples: int = 20, spread: float = 0.1) -> Tenso
             shares.to(inputs),
             additional_forward_args=(torch.arange(len(inputs)),),
             n_perturb_samples=n_samples,
-            max_examples_per_batch=max(query.batch, len(inputs)),
+            max_examples_per_batch=len(inputs) * max(1, min(n_samples, query.batch // len(inputs))),
             normalize=True,
         )
     return found.detach().float().cpu()

@@ -1,0 +1,100 @@
+"""Captum's infidelity and sensitivity, as metrics of `compare`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from captum.metrics import infidelity as captums
+from torch import Tensor, nn
+
+import torchloupe as tl
+from torchloupe_adapters.captum.metrics import infidelity, max_sensitivity
+from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.metrics.case import Case
+from torchloupe_core.query import Query
+
+
+class Weighted(nn.Module):
+    """A weighted sum of the pixels, and zero."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = (x * self.weights).sum((1, 2, 3))
+        return torch.stack([found, torch.zeros_like(found)], 1)
+
+
+@pytest.fixture
+def question() -> tuple[Query, Tensor]:
+    """A query of a linear model, and its gradient for each image."""
+    weights = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    handle = tl.wrap(Weighted(weights), input_size=(2, 6, 6))
+    return Query(handle, inputs, handle.bind("logit:0", inputs)), weights.expand(3, -1, -1, -1)
+
+
+def test_the_slope_of_a_linear_model_is_never_unfaithful(question: Any) -> None:
+    query, slope = question
+    true = Case(query, slope.sum(1), attributed=slope)
+    assert infidelity(true).abs().max() < 1e-6
+    scaled = Case(query, slope.sum(1), attributed=-3 * slope)  # at its best scale
+    assert infidelity(scaled).abs().max() < 1e-6
+    other = Case(query, slope.sum(1), attributed=slope.flip(2))
+    assert (infidelity(other) > 0.1).all()
+
+
+def test_it_is_what_captum_says(question: Any) -> None:
+    query, slope = question
+    case, state = Case(query, slope.flip(2).sum(1), attributed=slope.flip(2)), torch.get_rng_state()
+    assert query.batch >= 3 * 7
+    found = infidelity(case, n_samples=7, spread=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def perturbed(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        noise = 0.5 * torch.randn_like(inputs)
+        return noise, inputs - noise
+
+    torch.manual_seed(query.seed)
+    expected = captums(
+        query.handle.module,
+        perturbed,
+        query.inputs,
+        slope.flip(2),
+        target=0,
+        n_perturb_samples=7,
+        max_examples_per_batch=3 * 7,
+        normalize=True,
+    )
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_maps_that_follow_the_input_are_as_sensitive_as_it_is(question: Any) -> None:
+    query, slope = question
+
+    def follows(inputs: Tensor, images: list[int], **changes: Any) -> Tensor:
+        assert images == sorted(images) and len(images) == len(inputs)
+        return inputs.sum(1)
+
+    def still(inputs: Tensor, images: list[int], **changes: Any) -> Tensor:
+        return slope.sum(1)[images]
+
+    steady = max_sensitivity(Case(query, slope.sum(1), again=still))
+    assert steady.tolist() == [0, 0, 0]
+    moved = max_sensitivity(Case(query, query.inputs.sum(1), again=follows), radius=0.1, n_samples=30, images=2)
+    most = 2 * 0.1 * 6 / query.inputs.sum(1).flatten(1).norm(dim=1)  # two channels of 36 pixels, each by 0.1
+    assert moved[2].isnan() and (moved[:2] < most[:2]).all() and (moved[:2] > 0.3 * most[:2]).all()
+
+
+def test_bad_input_is_said(question: Any) -> None:
+    query, slope = question
+    for options in ({"n_samples": 0}, {"spread": 0.0}):
+        with pytest.raises(BadInput, match="n_samples is at least 1"):
+            infidelity(Case(query, slope.sum(1)), **options)
+    with pytest.raises(NotApplicable, match="nothing to ask again"):
+        max_sensitivity(Case(query, slope.sum(1)))
+    with pytest.raises(BadInput, match="radius above 0"):
+        max_sensitivity(Case(query, slope.sum(1), again=lambda *_, **__: slope.sum(1)), radius=0)
