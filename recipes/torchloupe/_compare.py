@@ -246,7 +246,7 @@ class _Group:
         return float("nan") if held is None else float(held)
 
     def _values(self, cases: Mapping[str, Case], facts: dict[str, Any]) -> Tensor:
-        """`[M, K, n]`. What depends on the order of the pixels alone is not asked twice of two maps of one order."""
+        """`[M, K, n]`; NaN where a metric says nothing."""
         rows = []
         for name, case in cases.items():
             columns = []

@@ -123,9 +123,10 @@ def input_invariance(case: Case, *, shift: float = 1.0, images: int = FEW) -> Te
     So nothing has changed. shift: in units of the model's input. Of the first images.
     """
     rest = _few(case, images)
-    if "shifted" not in case.shared:
-        case.shared["shifted", shift] = _shifted(case.query.handle, shift)
-    moved = _again(case, case.query.inputs[:rest] + shift, list(range(rest)), handle=case.shared["shifted", shift])
+    key = ("shifted", shift)
+    if key not in case.shared:
+        case.shared[key] = _shifted(case.query.handle, shift)
+    moved = _again(case, case.query.inputs[:rest] + shift, list(range(rest)), handle=case.shared[key])
     before = case.maps[:rest].flatten(1)
     found = torch.full((len(case),), torch.nan)
     found[:rest] = (moved.flatten(1) - before).norm(dim=1) / before.norm(dim=1)
