@@ -32,6 +32,7 @@ import torchvision
 from torch import Tensor, nn
 
 import torchloupe as tl
+from torchloupe_core.memory import most_held
 
 Steps = Callable[[int], object]
 
@@ -180,15 +181,12 @@ def _memory() -> None:
     print(f"    {peaks[1] / 2**20:.0f} MiB against {peaks[0] / 2**20:.0f} MiB")
 
 
-def _grown(images: int) -> int:
-    """Bytes by which the process's peak grows."""
-    import resource
-
+def _grown(images: int) -> int | None:
+    """The most bytes held at once by a step."""
     handle = tl.wrap(_resnet50())
-    handle.trace((3, SIZE, SIZE))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _native(handle, [f"layer3:{channel}" for channel in range(images)])(2)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    run = _native(handle, [f"layer3:{channel}" for channel in range(images)])
+    run(1)
+    return most_held(lambda: run(1), torch.device("cpu"))
 
 
 # -- quality ----------------------------------------------------------------------------------------------------------
