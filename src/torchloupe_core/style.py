@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape
-from torchloupe_core.terms import OwnProduct, Term
+from torchloupe_core.terms import Term
 
 __all__ = ["Grams", "Style", "apart", "gram", "grams_of", "layers_for", "mixed_grams", "stages"]
 
@@ -48,8 +49,23 @@ class Style(Term):
 
 def gram(maps: Tensor) -> Tensor:
     """`[n, C, C]`: the Gram matrices of maps `[n, C, h, w]`."""
-    found: Tensor = OwnProduct.apply(maps.flatten(2) / (maps[0].numel() ** 0.5))
+    found: Tensor = _Gram.apply(maps.flatten(2) / (maps[0].numel() ** 0.5))
     return found
+
+
+class _Gram(torch.autograd.Function):
+    """`F F^T`, with one product on the way back where two factors would take one each."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        return flat @ flat.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Tensor:
+        (flat,) = ctx.saved_tensors
+        back: Tensor = (given + given.transpose(1, 2)) @ flat
+        return back
 
 
 def apart(grams: Tensor, given: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchloupe_core.atoms import COSINE_FLOOR, NORM_EPSILON
 from torchloupe_core.handle import Reading
 
-__all__ = ["Alignment", "Caricature", "Diversity", "Nearness", "OwnProduct", "Term", "similarity", "unlikeness"]
+__all__ = ["Alignment", "Caricature", "Diversity", "Nearness", "Term", "similarity", "unlikeness"]
 
 REACH = 4  # how many neighbours on are compared in alignment
 TINY = 1e-12  # under roots and fractions: an image that excites nothing resembles nothing
@@ -117,21 +117,6 @@ def unlikeness(maps: Tensor) -> Tensor:
     return total
 
 
-class OwnProduct(torch.autograd.Function):
-    """`F F^T` of `[n, a, b]`, with one product on the way back where two factors would take one each."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor) -> Tensor:
-        ctx.save_for_backward(flat)
-        return flat @ flat.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, given: Tensor) -> Tensor:
-        (flat,) = ctx.saved_tensors
-        back: Tensor = (given + given.transpose(1, 2)) @ flat
-        return back
-
-
 def _gram_products(flat: Tensor) -> Tensor:
     """`[n, n]`: inner products of the Gram matrices of `flat [n, C, p]`, without writing these down if that is more.
 
@@ -141,5 +126,22 @@ def _gram_products(flat: Tensor) -> Tensor:
     if n * places**2 < channels * (places + n):
         every = flat.transpose(1, 2).reshape(n * places, channels)
         return (every @ every.T).square().view(n, places, n, places).sum((1, 3))
-    grams: Tensor = OwnProduct.apply(flat).flatten(1)  # [n, C * C]
-    return grams @ grams.T
+    products: Tensor = _Products.apply(flat)
+    return products
+
+
+class _Products(torch.autograd.Function):
+    """Inner products of the `F F^T`; these are symmetric, so each way back is one product where autograd takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
+        grams = flat @ flat.transpose(1, 2)
+        ctx.save_for_backward(flat, grams)
+        return grams.flatten(1) @ grams.flatten(1).T
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Tensor:
+        flat, grams = ctx.saved_tensors
+        back = (2 * (given + given.T) @ grams.flatten(1)).view_as(grams)
+        found: Tensor = back @ flat
+        return found

@@ -300,6 +300,18 @@ def test_diversity_makes_images_differ() -> None:
             tl.visualize(handle, "layer2:3", steps=2, **options, **PLAIN)
 
 
+@pytest.mark.parametrize(("channels", "places"), [(4, 9), (12, 2)])  # with the matrices, and without writing them down
+def test_likeness_is_that_of_gram_matrices_and_so_is_its_gradient(channels: int, places: int) -> None:
+    maps = torch.randn(3, channels, places, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    maps.requires_grad_(True)
+    grams = [one.flatten(1) @ one.flatten(1).T for one in maps]
+    alike = torch.stack([torch.stack([(a * b).sum() / (a.norm() * b.norm()) for b in grams]).sum() - 1 for a in grams])
+    torch.testing.assert_close(similarity(maps), alike)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    mine, plain = (torch.autograd.grad((one * weights).sum(), maps)[0] for one in (similarity(maps), alike))
+    torch.testing.assert_close(mine, plain)
+
+
 def test_alignment_brings_neighbours_together() -> None:
     handle, _ = SPECIMENS["residual"]()
     path = tl.interpolate("layer2:3", "layer2:5", 4)
