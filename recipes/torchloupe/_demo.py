@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from torchloupe import __version__
@@ -20,7 +17,9 @@ from torchloupe_adapters.jinja2 import render
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
+from torchloupe_core.images import data_uri
 from torchloupe_core.methods.localisation import energy_inside, pointing_hit, top_area_iou
+from torchloupe_core.metrics.floors import floors
 from torchloupe_core.results import Attribution, writable_folder, write_whole
 from torchloupe_core.targets import margin
 
@@ -95,10 +94,8 @@ def score_maps(name: str, maps: Tensor, scenes: Scenes, *, forwards: float = 0, 
 
 def baseline_maps(scenes: Scenes) -> dict[str, Tensor]:
     """What a method must beat: noise, and the guess that things are in the middle."""
-    count, height, width = len(scenes), scenes.images.shape[2], scenes.images.shape[3]
-    noise = torch.rand(count, height, width, generator=torch.Generator().manual_seed(0))
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    return {"random": noise, "centre blob": torch.exp(-2 * (x**2 + y**2)).expand(count, -1, -1)}
+    found = floors(scenes.images, seed=0)
+    return {"random": found["random"], "centre blob": found["centre"]}
 
 
 def _scored(found: Attribution, scenes: Scenes) -> Scores:
@@ -124,7 +121,7 @@ def _predictions(model: Handle, scenes: Scenes) -> list[dict[str, Any]]:
     firsts = [truth.index(label) for label in sorted(set(truth))]
     guesses = model.predict(scenes.images[firsts], k=3)
     return [
-        {"picture": _uri(scenes.images[index]), "truth": scenes.classes[truth[index]], "guesses": best}
+        {"picture": data_uri(scenes.images[index]), "truth": scenes.classes[truth[index]], "guesses": best}
         for index, best in zip(firsts, guesses, strict=True)
     ]
 
@@ -141,13 +138,13 @@ def _gallery(maps: dict[str, Attribution], scenes: Scenes) -> list[dict[str, Any
             cells.append(
                 {
                     "method": one.method,
-                    "picture": _uri(one.overlay()[0]),
+                    "picture": data_uri(one.overlay()[0]),
                     "hit": bool(pointing_hit(values, mask)[0]),
                     "iou": top_area_iou(values, mask)[0].item(),
                 }
             )
         name = scenes.classes[int(scenes.true_labels[index])]
-        rows.append({"name": name, "picture": _uri(_outlined(scenes.images[index], mask[0])), "cells": cells})
+        rows.append({"name": name, "picture": data_uri(_outlined(scenes.images[index], mask[0])), "cells": cells})
     return rows
 
 
@@ -161,9 +158,9 @@ def _two_objects(model: Handle, seed: int) -> list[dict[str, Any]]:
     ]
     return [
         {
-            "picture": _uri(scenes.images[index]),
+            "picture": data_uri(scenes.images[index]),
             "names": [scenes.classes[label] for label in pair],
-            "maps": [_uri(found[index].overlay()[0]) for found in asked],
+            "maps": [data_uri(found[index].overlay()[0]) for found in asked],
         }
         for index, pair in enumerate(pairs)
     ]
@@ -195,9 +192,9 @@ def _backdoor(seed: int, count: int) -> dict[str, Any]:
         },
         "pairs": [
             {
-                "before": {"picture": _uri(plain.images[i]), "guess": before[i]},
-                "after": {"picture": _uri(marked.images[i]), "guess": after[i]},
-                "maps": [{"method": name, "picture": _uri(one[row].overlay()[0])} for name, one in found.items()],
+                "before": {"picture": data_uri(plain.images[i]), "guess": before[i]},
+                "after": {"picture": data_uri(marked.images[i]), "guess": after[i]},
+                "maps": [{"method": name, "picture": data_uri(one[row].overlay()[0])} for name, one in found.items()],
             }
             for row, i in enumerate(flipped[:PAIRS])
         ],
@@ -208,12 +205,3 @@ def _outlined(image: Tensor, mask: Tensor) -> Tensor:
     """The picture with the true object's outline in white."""
     inner = -torch.nn.functional.max_pool2d(-mask[None, None].float(), 3, 1, 1)[0, 0] > 0
     return torch.where(mask & ~inner, torch.tensor(255, dtype=torch.uint8), image)
-
-
-def _uri(picture: Tensor) -> str:
-    """A picture `[3, H, W]`, uint8 or in [0, 1], as a data URI."""
-    if picture.is_floating_point():
-        picture = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

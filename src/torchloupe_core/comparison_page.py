@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
 from torchloupe_core import plots, registry
 from torchloupe_core.comparison import Comparison
+from torchloupe_core.images import data_uri
 from torchloupe_core.results import write_whole
 
 __all__ = ["write_page"]
@@ -67,12 +63,4 @@ def _rows(found: Comparison) -> Iterator[dict[str, Any]]:
 def _image(found: Comparison, place: int) -> dict[str, Any]:
     image = found.images[place]
     maps = [plots.blended(image, one[place], bool((one[place] < 0).any()), 0.6) for one in found.maps]
-    return {"picture": _uri(image), "target": found.targets[place], "maps": [_uri(one) for one in maps]}
-
-
-def _uri(picture: Tensor) -> str:
-    """A picture `[3, H, W]` in [0, 1] as a data URI."""
-    buffer = io.BytesIO()
-    pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"picture": data_uri(image), "target": found.targets[place], "maps": [data_uri(one) for one in maps]}

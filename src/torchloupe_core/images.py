@@ -6,6 +6,8 @@ tensor* `[C, H, W]` or `[N, C, H, W]` is a model input already and is taken as i
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from torchloupe_core.spec import Preprocess, Spec, resize_and_normalise
 __all__ = [
     "SUFFIXES",
     "Pixels",
+    "data_uri",
     "find",
     "finite",
     "open_picture",
@@ -264,3 +267,12 @@ def _check(inputs: Tensor, spec: Spec, names: Sequence[str] | None = None, *, si
 def _numbered(indices: Sequence[int]) -> str:
     shown = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")
     return f"image {shown}" if len(indices) == 1 else f"images {shown}"
+
+
+def data_uri(picture: Tensor) -> str:
+    """A picture `[3, H, W]`, uint8 or in [0, 1], as the text of a PNG for a page."""
+    if picture.is_floating_point():
+        picture = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
