@@ -35,7 +35,7 @@ _CAPTUM = (
 _METRICS = {
     "complexity": ("complexity", "sparsity"),
     "faithfulness": ("average_drop", "average_increase", "deletion", "insertion", "road"),
-    "localised": ("average_precision", "energy_pointing", "iou", "pointing"),
+    "localised": ("average_precision", "corloc", "energy_pointing", "iou", "pointing", "segmentation"),
     "sanity": ("completeness_gap", "input_invariance", "randomisation", "randomisation_rise", "seed_stability"),
 }
 

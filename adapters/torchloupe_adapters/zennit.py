@@ -147,6 +147,7 @@ def _propagated(
     with model.borrow():
         answers = replace(query, handle=model).each(answer)
     query.handle.forwards += model.forwards
+    query.handle.backwards += model.backwards
     relevance, scores = map(torch.cat, zip(*answers, strict=True))
     gaps = scores - relevance.flatten(1).sum(1)
     return Map(relevance.sum(1), relevance, scores=scores, diagnostics={"conservation_gap": gaps.tolist()})
@@ -161,7 +162,7 @@ class _Logits(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         with self.part.handle.watch(shape=self.part.shape) as watch, _InProportion():
-            return finite(self.part.handle.logits(watch(inputs)))
+            return self.part.handle.counted(finite(self.part.handle.logits(watch(inputs))))
 
     def contributions(self, logits: Tensor) -> Tensor:
         """What each logit adds to its image's target, `[N, K]`."""

@@ -57,7 +57,7 @@ def explain(
         raise BadInput(f"batch_size is at least 1; got {batch_size}")
     handle = opened(model, device=device, dtype=dtype, memory_format=memory_format, output=output)
     inputs = handle.inputs(images)
-    begun, forwards = time.perf_counter(), handle.forwards
+    begun, forwards, backwards = time.perf_counter(), handle.forwards, handle.backwards
     with handle.borrow(), progress_bar(way.name, "images", progress) as report:
         asked = as_targets(_predicted(handle, inputs) if target is None else target, len(inputs))
         bound = handle.bind(asked, inputs)
@@ -76,6 +76,7 @@ def explain(
         seed=seed,
         seconds=time.perf_counter() - begun,
         forwards=handle.forwards - forwards,
+        backwards=handle.backwards - backwards,
         versions=versions(way.backend),
         options={**way.options, **options},
         values=values,

@@ -10,7 +10,7 @@ import click
 
 from torchloupe.cli import FILE, _options, _print, _say, main
 from torchloupe.cli_looking import _opened
-from torchloupe.cli_options import of_a_model, of_weights
+from torchloupe.cli_options import device_of_rank, kept, of_a_model, of_weights, speaks
 from torchloupe_core.errors import BadInput
 
 __all__ = ["audit", "compare", "recommend"]
@@ -28,7 +28,7 @@ __all__ = ["audit", "compare", "recommend"]
 @click.option("--option", "options", multiple=True, metavar="NAME.KEY=VALUE", callback=_options, help="Of one of them.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Inputs through the model at once.")
 @click.option("--memory", is_flag=True, help="Measure the most that is held for one picture.")
-@click.option("--store", type=FILE, help="Folder that keeps the numbers: stopped, the same command goes on.")
+@kept
 @of_a_model
 def compare(
     folder: Path,
@@ -39,15 +39,18 @@ def compare(
     options: dict[str, Any],
     out: Path,
     as_json: bool,
+    progress: bool | None,
     **asked: Any,
 ) -> None:
     """Explains the pictures of FOLDER by several methods and judges the maps by several metrics.
 
-    Prints a table, and writes it into --out as comparison.csv, .tex, .npz, a page and drawings.
+    Prints a table, and writes it into --out as comparison.csv, .tex, .npz, a page and drawings. With --store it goes on
+    where it was stopped, and under torchrun all processes work together.
 
     \b
     Example:
       torchloupe compare photos --model timm/resnet50 --methods grad_cam,rise --option rise.n_masks=500 --out study
+      torchrun --nproc-per-node 4 --no-python torchloupe compare photos --store photos.study --out study
     """
     import torchloupe as tl
     from torchloupe_core import plots
@@ -55,19 +58,21 @@ def compare(
 
     writable_folder(out)
     weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device", "seed")}
-    handle = _opened(model, **weights)
     chosen: dict[str, Any] = {
         name: _names(given) for name, given in (("methods", methods), ("metrics", metrics)) if given
     }
     found = tl.compare(
-        handle,
+        _opened(model, **{**weights, "device": device_of_rank(weights["device"])}),
         str(folder),
         masks=None if masks is None else str(masks),
         options=_by_name(options),
         seed=weights["seed"],
+        progress=progress if speaks() else False,
         **chosen,
         **asked,
     )
+    if not speaks():
+        return
     found.to_csv(out / "comparison.csv")
     found.to_latex(out / "comparison.tex")
     found.save(out / "comparison")

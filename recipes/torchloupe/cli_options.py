@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from torchloupe.cli import FILE, SEED
 from torchloupe_core.errors import BadInput
 
-__all__ = ["kept", "of_a_model", "of_weights", "searched", "source"]
+__all__ = ["device_of_rank", "kept", "of_a_model", "of_weights", "searched", "source", "speaks"]
 
 
 def of_weights(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,6 +46,17 @@ def kept(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def speaks() -> bool:
+    """Whether this process prints and writes: of the ranks under torchrun the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def device_of_rank(device: str | None) -> str | None:
+    """The device asked for; of several GPUs this rank's."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
 def searched(images: tuple[Path, ...], store: Path | None, out: Path) -> tuple[Any, Path | None]:

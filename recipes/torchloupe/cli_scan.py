@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from torchloupe.cli import FILE, _print, _say, main
 from torchloupe.cli_looking import _opened
-from torchloupe.cli_options import kept, of_weights
+from torchloupe.cli_options import device_of_rank, kept, of_weights, speaks
 
 __all__ = ["scan"]
 
@@ -50,19 +49,14 @@ def scan(
 
     if store is None:
         raise click.UsageError("scan needs --store, the folder to keep it in")
-    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
     weights = {name: asked.pop(name) for name in ("no_pretrained", "pretrained", "checkpoint", "device", "seed")}
-    if weights["device"] == "cuda" and local is not None:
-        weights["device"] = f"cuda:{local}"
-    handle = _opened(model, **weights)
+    handle = _opened(model, **{**weights, "device": device_of_rank(weights["device"])})
     try:
-        found = tl.scan(
-            handle, folder, layers or None, store=store, progress=progress if rank == "0" else False, **asked
-        )
+        found = tl.scan(handle, folder, layers or None, store=store, progress=progress if speaks() else False, **asked)
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from there")
         raise click.exceptions.Exit(130) from None
-    if rank == "0":
+    if speaks():
         for name, why in found.skipped.items():
             _say(why if name in why else f"{name}: {why}")
         facts = {"store": store, "images": found.images, "layers": found.layers, "scores": found.targets}

@@ -48,11 +48,11 @@ class Comparison(Result):
     """M methods, the baselines after them, under K metrics over N images.
 
     methods, metrics: their names; baselines: those of the methods that no model has a part in. better: for each metric
-    "higher" or "lower". values: `[M, K, N]`, NaN where a metric says nothing of an image. seconds, forwards: of each
-    method, for an image, `[M]`; memory: the most bytes held at once for one image, `[M]`, NaN where it was not
-    measured. layers: what each method read, "" for the input. agreement: `[3, M, M]`, the mean over images of rank
-    correlation, overlap of the highest tenth, and structural similarity. maps: `[M, S, H, W]`, of the first images,
-    which are `images [S, 3, H, W]`; targets: of all.
+    "higher" or "lower". values: `[M, K, N]`, NaN where a metric says nothing of an image. cost_seconds, cost_forwards,
+    cost_backwards: of each method, for an image, `[M]`; memory: the most bytes held at once for one image, `[M]`, NaN
+    where it was not measured. layers: what each method read, "" for the input. agreement: `[3, M, M]`, the mean over
+    images of rank correlation, overlap of the highest tenth, and structural similarity. maps: `[M, S, H, W]`, of the
+    first images, which are `images [S, 3, H, W]`; targets: of all.
 
     refused: methods, and pairs "method, metric", with why. notes: what is to be known of a method. skipped: images that
     could not be read. recommended: the method to use, where that was asked.
@@ -67,6 +67,7 @@ class Comparison(Result):
     values: Tensor
     cost_seconds: Tensor
     cost_forwards: Tensor
+    cost_backwards: Tensor
     memory: Tensor
     layers: tuple[str, ...]
     agreement: Tensor
@@ -187,6 +188,7 @@ class Comparison(Result):
                 "rank": row.rank,
                 "seconds_per_image": self.cost_seconds[places[row.method]].item(),
                 "forwards_per_image": self.cost_forwards[places[row.method]].item(),
+                "backwards_per_image": self.cost_backwards[places[row.method]].item(),
                 "peak_bytes_of_one_image": self.memory[places[row.method]].item(),
             }
             for row in self.rows
@@ -229,11 +231,12 @@ class Comparison(Result):
         return [
             f"{1000 * self.cost_seconds[place].item():.3g}",
             f"{self.cost_forwards[place].item():.4g}",
+            f"{self.cost_backwards[place].item():.4g}",
             "" if memory != memory else f"{memory / 2**20:.3g}",
         ]
 
 
-COSTS = ("ms/image", "forwards", "MiB")
+COSTS = ("ms/image", "forwards", "backwards", "MiB")
 
 
 def bootstrapped(values: Tensor) -> tuple[float, float, float, int]:

@@ -26,7 +26,7 @@ from torchloupe_core.statistics import Statistic
 from torchloupe_core.store import LOCK, Damaged, Store, is_store, require_free
 from torchloupe_core.writers import Crew, Writer
 
-__all__ = ["Blockwise", "Filling", "block_size_for", "opened_store", "scan_stored"]
+__all__ = ["Blockwise", "block_size_for", "filled", "scan_stored"]
 
 T = TypeVar("T")
 
@@ -80,9 +80,9 @@ def scan_stored(
                 chosen = _chosen(handle, data, list(statistics), autocast, given)
                 return chosen | {"threads": threads}, _about(handle, data, joint)
 
-            opened = opened_store(path, writer, made_by, given, choose, resume)
+            opened = _opened(path, writer, made_by, given, choose, resume)
             work = Work(handle, data, statistics, joint, opened, _folder(data), workers, autocast, skip_failures)
-            found = Filling(work, writer, progress, spread).complete(lambda: _into(opened, several))
+            found = _Filling(work, writer, progress, spread).complete(lambda: _into(opened, several))
     found.seconds = time.perf_counter() - begun
     if found.skipped and not skip_failures:
         index, why = next(iter(found.skipped.items()))
@@ -111,7 +111,35 @@ def _looked_up(path: Path, made_by: Mapping[str, Any], statistics: Sequence[Stat
     return scanned
 
 
-def opened_store(
+def filled(
+    path: Path,
+    made_by: Mapping[str, Any],
+    computing: Mapping[str, int],
+    work: Callable[[Store], Blockwise],
+    *,
+    resume: bool = True,
+    spread: Any = None,
+    crew: Crew | None = None,
+    progress: Report = lambda done, total: None,
+) -> Store:
+    """The store in a folder, with every block in it: those that are missing or damaged are done by `work` of the store.
+
+    computing: how a new store is computed, besides the threads. A store that is complete is not written into. Raises
+    `StoreError` for one that was made by anything else.
+    """
+    require_free(path)
+    if resume and is_store(path) and not (store := Store.open(path)).missing():
+        _require_same(store, made_by, {})
+        if not store.damaged():
+            return store
+    threads = torch.get_num_threads() if spread is None else 1
+    with Writer(path / LOCK, crew or Crew.present()) as writer:
+        store = _opened(path, writer, made_by, {}, lambda: ({**computing, "threads": threads}, {}), resume)
+        _Filling(work(store), writer, progress, spread).complete(lambda: (None, store.damaged()))
+    return store
+
+
+def _opened(
     path: Path,
     writer: Writer,
     made_by: Mapping[str, Any],
@@ -140,7 +168,7 @@ class Blockwise(Protocol):
     def run(self, blocks: Iterable[int], done: Done, progress: Report) -> None: ...
 
 
-class Filling:
+class _Filling:
     """The blocks of a store done, until none is missing."""
 
     def __init__(self, work: Blockwise, writer: Writer, progress: Report, spread: Any) -> None:
@@ -295,7 +323,9 @@ def _require_same(store: Store, made_by: Mapping[str, Any], given: Mapping[str, 
     found = [*differences(made_by, store.made_by), *differences(given, computed)]
     if found:
         lines = "".join(f"\n  {line}" for line in found)
-        raise StoreError(f"{store.path} was made by another scan; name another store, or ask as it was asked:{lines}")
+        raise StoreError(
+            f"{store.path} was made by another question; name another store, or ask as it was asked:{lines}"
+        )
 
 
 def _require_new(store: Store, resume: bool) -> None:

@@ -80,13 +80,15 @@ class Handle:
     """A module with its `Spec`: its layers in forward order, its predictions, its activations.
 
     The module is used as it is, never changed: whatever a question needs (eval mode, frozen parameters, hooks) is
-    undone before the answer is returned. `forwards` counts the images sent through the model so far.
+    undone before the answer is returned. `forwards` counts the images sent through the model so far,
+    `backwards` those whose target a gradient was taken of.
     """
 
     def __init__(self, module: nn.Module, spec: Spec | None = None) -> None:
         self.module = unwrapped(module)
         self.spec = spec or Spec()
         self.forwards = 0
+        self.backwards = 0
         self._depth = 0
         self._structure: int | None = None  # known while the model is borrowed
         # Kept beside the module, so that bare modules handed to verb after verb are traced once.
@@ -425,6 +427,15 @@ class Handle:
     def _count(self, images: int) -> None:
         self.forwards += images
 
+    def counted(self, values: Tensor) -> Tensor:
+        """Values `[N, ...]`, one for each image, of which each gradient that is taken is counted from now on."""
+        if values.requires_grad:
+            values.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        return values
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
     @property
     def _reference(self) -> Tensor:
         tensors = (*self.module.parameters(), *self.module.buffers())
@@ -466,13 +477,13 @@ def pick(reading: Reading, targets: Sequence[Bound], reduce: Reduce = "mean") ->
     """Each image's own target, `[N]`: every distinct target is read once for the batch, or for its own images."""
     distinct = list(dict.fromkeys(targets))
     if len(distinct) > 1 and not any(bound.target.reads_output for bound in distinct):
-        return _pick_rows(reading, targets, reduce)
+        return reading.handle.counted(_pick_rows(reading, targets, reduce))
     values = torch.stack([bound.read(reading, reduce) for bound in distinct])  # [T, N]
     if len(distinct) == 1:
-        return values[0]
+        return reading.handle.counted(values[0])
     row = {bound: index for index, bound in enumerate(distinct)}
     rows = torch.tensor([row[bound] for bound in targets], device=values.device)
-    return values[rows, torch.arange(len(targets), device=values.device)]
+    return reading.handle.counted(values[rows, torch.arange(len(targets), device=values.device)])
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Method:
     needs: what the model must have, in the words of `tags.NEEDS`. cost: in forward and backward passes per image.
     random: whether the result depends on the seed. signed: whether negative values mean evidence against. again: for a
     method that keeps the model's outputs, the map that a result of its gets from other scores, `[N, n]`, of its run.
-    better: for a metric which end is the good one, "higher" or "lower".
+    better: for a metric which end is the good one, "higher" or "lower". any_scale: for a metric, whether maps that are
+    one up to a positive factor get one answer.
     """
 
     verb: str
@@ -61,6 +62,7 @@ class Method:
     signed: bool = True
     again: Callable[..., Any] | None = None
     better: str = ""
+    any_scale: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ def method(
     signed: bool = True,
     again: Callable[..., Any] | None = None,
     better: str = "",
+    any_scale: bool = False,
     backend: str | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a way to answer `verb`. A name that has an owner already raises.
@@ -104,7 +107,7 @@ def method(
 
     def register(function: F) -> F:
         worker = backend or (name.split(".")[0] if "." in name else "native")
-        entry = Method(verb, name, worker, function, needs, cost, paper, random, signed, again, better)
+        entry = Method(verb, name, worker, function, needs, cost, paper, random, signed, again, better, any_scale)
         owner = _registered.get((verb, name))
         if owner is not None and owner.run.__module__ != function.__module__:
             raise BadInput(f"{verb} method {name!r} is registered by {owner.run.__module__} already")

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchloupe_core.errors import BadInput, NotApplicable, StoreError
+from torchloupe_core.methods.localisation import CAM_BOX_THRESHOLD, Box, boxes_around
 from torchloupe_core.recorded import Outputs
 from torchloupe_core.targets import Target, TargetLike, as_targets
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Attribution", "Result", "open_result"]
 
-Box = tuple[int, int, int, int]
 
 # Kinds that live in files of their own, read when one of them is opened.
 _HOMES = {
@@ -57,8 +57,6 @@ _HOMES = {
 }
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
-
-CAM_BOX_THRESHOLD = 0.2  # of the maximum (Zhou 2016, section 3.2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +129,7 @@ class Attribution(Result):
     signed: whether negative values mean evidence against. diagnostics: what the method knows of its own quality; a list
     holds one entry for each image. standard_error: `[N, h, w]`, of the values, where the method samples.
     outputs: `[N, 1 + n, K]` float32, the model's output for each image itself and its n variants, where they were kept
-    for `of`; classes: their names.
+    for `of`; classes: their names. backwards: of how many images, and variants of images, a gradient was taken.
     """
 
     values: Tensor
@@ -145,6 +143,7 @@ class Attribution(Result):
     standard_error: Tensor | None = None
     outputs: Tensor | None = None
     classes: tuple[str, ...] | None = None
+    backwards: int = 0
 
     def __len__(self) -> int:
         return len(self.values)
@@ -199,6 +198,7 @@ class Attribution(Result):
             target=texts(asked),
             seconds=time.perf_counter() - begun,
             forwards=0,
+            backwards=0,
         )
 
     def upsample(self) -> Tensor:
@@ -234,9 +234,7 @@ class Attribution(Result):
 
         One box a connected region, in input pixels, bottom and right exclusive, the heaviest region first.
         """
-        if not 0 < threshold < 1:
-            raise BadInput(f"threshold is a share of the maximum, between 0 and 1; got {threshold}")
-        return [_boxes(values, threshold) for values in self.upsample()]
+        return boxes_around(self.upsample(), threshold)
 
     def segment(self) -> Tensor:
         """`[N, H, W]` bool: the object the map points at, cut out by GrabCut (Rother 2004) seeded with the map."""
@@ -331,28 +329,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return value.tolist()
     return str(value)
-
-
-def _boxes(values: Tensor, threshold: float) -> list[Box]:
-    largest = values.max()
-    if largest <= 0:
-        return []
-    regions = _regions(values > threshold * largest)
-    found: list[tuple[float, Box]] = []
-    for label in sorted(set(regions.flatten().tolist())):
-        if label:
-            rows, columns = (regions == label).nonzero(as_tuple=True)
-            weight = values[rows, columns].sum().item()
-            top, left, bottom, right = (int(one) for one in (rows.min(), columns.min(), rows.max(), columns.max()))
-            found.append((weight, (top, left, bottom + 1, right + 1)))
-    return [box for _, box in sorted(found, reverse=True)]
-
-
-def _regions(mask: Tensor) -> Tensor:
-    """Connected regions (8-neighbourhood) numbered from 1, 0 elsewhere: the largest pixel number spreads in each."""
-    numbers = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
-    while True:
-        spread = F.max_pool2d(numbers[None, None].double(), 3, 1, 1)[0, 0].long() * mask
-        if torch.equal(spread, numbers):
-            return numbers
-        numbers = spread

@@ -56,7 +56,7 @@ class StandIn(nn.Module):
             reading = Reading(handle, watch, watch(inputs))
             with torch.set_grad_enabled(graph):
                 scores = finite(pick(reading, targets))
-                output = self._wide(reading.logits()) if self.logits else scores[:, None]
+                output = handle.counted(self._wide(reading.logits())) if self.logits else scores[:, None]
         if graph and not output.requires_grad:
             raise NotApplicable(f"the target does not depend on layer {self.name!r}; {other_layer(part, self.name)}")
         self.scores = scores.detach() if self.scores is None else self.scores

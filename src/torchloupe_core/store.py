@@ -147,6 +147,16 @@ class Store:
         except (*UNREADABLE, KeyError) as error:
             raise Damaged(str(error)) from error
 
+    def damaged(self) -> set[int]:
+        """The blocks that are not what was written, or missing."""
+        found = set()
+        for block in range(self.count):
+            try:
+                self.read(block)
+            except Damaged:
+                found.add(block)
+        return found
+
     def require_complete(self) -> None:
         """Raises `StoreError` if blocks are missing."""
         if missing := self.missing():

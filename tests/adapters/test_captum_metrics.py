@@ -47,6 +47,19 @@ def test_the_slope_of_a_linear_model_is_never_unfaithful(question: Any) -> None:
     assert (infidelity(other) > 0.1).all()
 
 
+def test_the_model_answers_the_same_noise_once(question: Any) -> None:
+    query, slope = question
+    one = Case(query, slope.flip(2).sum(1), attributed=slope.flip(2))
+    other = Case(query, slope.flip(1).sum(1), attributed=slope.flip(1))
+    alone, forwards = infidelity(other), query.handle.forwards
+    infidelity(one)
+    assert query.handle.forwards > forwards
+    shared, forwards = Case(query, other.maps, attributed=other.attributed, shared=one.shared), query.handle.forwards
+    assert torch.equal(infidelity(shared), alone) and query.handle.forwards == forwards
+    infidelity(shared, spread=0.3)
+    assert query.handle.forwards > forwards
+
+
 def test_it_is_what_captum_says(question: Any) -> None:
     query, slope = question
     case, state = Case(query, slope.flip(2).sum(1), attributed=slope.flip(2)), torch.get_rng_state()

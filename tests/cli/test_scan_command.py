@@ -29,7 +29,7 @@ def test_a_folder_is_scanned_once(run: Run, photos: Path, tmp_path: Path) -> Non
     assert (facts["images"], facts["skipped"], facts["forwards"], facts["scores"]) == (3, 1, 0, ["logit:car"])
     assert run("scan", photos, "--layer", "layer4", "--store", store).exit_code == 1  # a part of it
     done = run("scan", photos, "--layer", "layer3", "--store", store)
-    assert done.exit_code == 2 and "was made by another scan" in done.stderr and "Traceback" not in done.stderr
+    assert done.exit_code == 2 and "was made by another question" in done.stderr and "Traceback" not in done.stderr
     assert run("scan", photos, "--store", store, "--no-resume").exit_code == 2
     assert "scan needs --store" in run("scan", photos).stderr
 

@@ -293,7 +293,7 @@ def test_a_store_of_something_else_is_refused(tmp_path: Path, what: str) -> None
     scanned(tmp_path, model(), inputs())
     stored = blocks(tmp_path)
     handle, data = DIFFERENT[what](model(), inputs())
-    with pytest.raises(StoreError, match=rf"another scan(?s:.*)\n  {what.strip()}: given .*, stored ") as caught:
+    with pytest.raises(StoreError, match=rf"another question(?s:.*)\n  {what.strip()}: given .*, stored ") as caught:
         scanned(tmp_path, handle, data)
     if what == "weights":
         assert str(caught.value).count("\n") == 1

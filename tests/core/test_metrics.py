@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchloupe_core.metrics.complexity import complexity, sparsity
 from torchloupe_core.metrics.faithfulness import area, average_drop, average_increase, curve, deletion, insertion, road
 from torchloupe_core.metrics.floors import FLOORS, floors
 from torchloupe_core.metrics.imputation import imputed
-from torchloupe_core.metrics.localised import average_precision, energy_pointing, iou, pointing
+from torchloupe_core.metrics.localised import average_precision, corloc, energy_pointing, iou, pointing, segmentation
 from torchloupe_core.metrics.sanity import completeness_gap, randomised
 from torchloupe_core.query import Query
 from torchloupe_core.specimens import SPECIMENS
@@ -169,11 +170,47 @@ def test_a_mask_as_its_own_map_is_perfect_and_its_inverse_is_nothing(additive: A
     masks = torch.zeros(3, 8, 8, dtype=torch.bool)
     masks[:, 2:5, 1:6] = True
     oracle, wrong = (case_of(model, inputs, maps.float(), masks=masks) for maps in (masks, ~masks))
-    for metric in (pointing, energy_pointing, iou, average_precision):
+    for metric in (pointing, energy_pointing, iou, average_precision, corloc):
         assert metric(oracle).tolist() == [1.0] * 3
         assert (metric(wrong) < 0.3).all()
     with pytest.raises(NotApplicable, match="needs masks="):
         pointing(case_of(model, inputs, masks.float()))
+
+
+def test_a_box_counts_where_it_overlaps_the_objects_box() -> None:
+    """Against plain counting, over boxes of several sizes beside the object's."""
+    masks = torch.zeros(1, 20, 20, dtype=torch.bool)
+    masks[0, 4:14, 5:15] = torch.eye(10, dtype=torch.bool) | torch.eye(10, dtype=torch.bool).flip(0)  # hollow
+    for shift in range(8):
+        values = torch.full((1, 20, 20), 0.1)
+        values[0, 4 + shift : 14 + shift, 5:15] = 1.0
+        values[0, 0, 19] = 0.9  # a lighter region of its own
+        case = case_of(nn.Flatten(), torch.zeros(1, 1, 20, 20), values, masks=masks)
+        inter = 10 * max(0, min(14, 20, 14 + shift) - max(4, 4 + shift))
+        expected = inter / (100 + 10 * (min(20, 14 + shift) - 4 - shift) - inter)
+        assert corloc(case).item() == float(expected > 0.5), shift
+        assert corloc(case, iou=0.1).item() == float(expected > 0.1), shift
+    assert corloc(replace(case, maps=-values)).item() == 0  # which says nothing is there
+    assert corloc(replace(case, masks=torch.zeros_like(masks))).isnan().all()
+    with pytest.raises(BadInput, match="iou is from 0 to below 1; got 1"):
+        corloc(case, iou=1)
+    with pytest.raises(BadInput, match="threshold is a share of the maximum"):
+        corloc(case, threshold=2.0)
+
+
+def test_what_a_map_cuts_out_is_compared_with_the_mask() -> None:
+    pytest.importorskip("cv2")
+    model, scenes = tl.load("demo"), tl.demo_scenes(3, seed=3)
+    inputs = model.inputs(scenes.images)
+    masks = scenes.masks[:, 0]
+    case = Case(Query(model, inputs, model.bind("logit:0", inputs)), masks.float(), masks=masks)
+    found = segmentation(case)
+    cut = tl.explain(model, scenes.images, target="logit:0")
+    mine = replace(cut, values=masks.float(), layer=None).segment()
+    expected = (mine & masks).sum((1, 2)) / (mine | masks).sum((1, 2))
+    assert found.tolist() == pytest.approx(expected.tolist()) and found.max() > 0.9
+    flat = masks.float().index_fill(0, torch.tensor([1]), 2.0)
+    assert segmentation(replace(case, maps=flat)).tolist() == pytest.approx([found[0].item(), 0, found[2].item()])
 
 
 def test_average_precision_is_scikit_learns() -> None:
@@ -202,6 +239,26 @@ def test_sparsity_and_complexity_of_simple_maps() -> None:
     mixed = torch.tensor([[[1.0, 3.0]]])
     pair = case_of(nn.Flatten(), torch.zeros(1, 1, 1, 2), mixed)
     assert sparsity(pair).item() == pytest.approx(0.25)  # half the mean difference over the mean: 2 / (4 x 2)
+
+
+# -- what metrics promise ---------------------------------------------------------------------------------------------
+
+
+def test_metrics_that_do_not_mind_the_scale() -> None:
+    """The registry tells which answers a map shares with its multiples; the others are asked about each."""
+    model, scenes = tl.load("demo"), tl.demo_scenes(3, seed=4)
+    inputs = model.inputs(scenes.images)
+    found = tl.explain(model, scenes.images, target="prob:2", method="integrated_gradients", steps=4)
+    query, masks = Query(model, inputs, model.bind("prob:2", inputs)), scenes.masks[:, 0]
+    assert found.per_channel is not None
+    one, other = (Case(query, k * found.upsample(), attributed=k * found.per_channel, masks=masks) for k in (1.0, 8.0))
+    names = []
+    for metric in tl.methods("compare"):
+        if metric.any_scale and not metric.name.startswith("quantus."):
+            names.append(metric.name)
+            with model.borrow():
+                assert metric.run(one).tolist() == pytest.approx(metric.run(other).tolist(), rel=1e-5), metric.name
+    assert len(names) == 14 and {"deletion", "pointing", "corloc", "captum.infidelity"} < set(names)
 
 
 # -- how alike --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def test_a_method_that_looks_past_the_model_is_named(found: tl.Comparison) -> No
 def test_tables(found: tl.Comparison, tmp_path: Path) -> None:
     text = found.table(metrics=["deletion", "pointing"])
     lines = text.splitlines()
-    assert lines[0].split() == ["method", "deletion", "↓", "pointing", "↑", "ms/image", "forwards"]
+    assert lines[0].split() == ["method", "deletion", "↓", "pointing", "↑", "ms/image", "forwards", "backwards"]
     assert [line.split()[0] for line in lines[5:8]] == list(FLOORS)
     assert "captum.guided_backprop: hardly looks at the model" in text
     records = list(csv.DictReader(io.StringIO(found.to_csv(tmp_path / "rows.csv"))))
@@ -156,7 +158,7 @@ def test_a_study_goes_on_where_it_stopped(scenes: Any, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"methods": ["cam", "saliency"], "metrics": ["sparsity", "complexity"], "progress": False}
     images = scenes.images[:20]
     whole = tl.compare(model, images, store=store, **asked)
-    (store / "000001.npz").write_bytes(b"torn")
+    (store / "blocks" / "00000001.npz").write_bytes(b"torn")
     forwards = model.forwards
     again = tl.compare(model, images, store=store, **asked)
     assert torch.equal(again.values, whole.values) and again.table(metrics=["sparsity"]).split()[0] == "method"
@@ -164,10 +166,87 @@ def test_a_study_goes_on_where_it_stopped(scenes: Any, tmp_path: Path) -> None:
     forwards = model.forwards
     assert torch.equal(tl.compare(model, images, store=store, **asked).values, whole.values)
     assert model.forwards - forwards <= 8  # nothing but what identifies the model
-    with pytest.raises(StoreError, match=r"holds a comparison of something else: .*seed"):
+    with pytest.raises(StoreError, match=r"made by another question[^;]*; (.|\n)*seed: given 1, stored 0"):
         tl.compare(model, images, store=store, seed=1, **asked)
     with pytest.raises(StoreError, match="metrics"):
         tl.compare(model, images, store=store, **{**asked, "metrics": ["sparsity"]})
+    with pytest.raises(StoreError, match="resume=True goes on"):
+        tl.compare(model, images, store=store, resume=False, **asked)
+
+
+@pytest.mark.slow
+def test_ranks_share_a_comparison_and_each_gets_all_of_it(tmp_path: Path) -> None:
+    main = tmp_path / "main.py"
+    path = [one for one in sys.path if one.endswith(("src", "adapters", "recipes"))]
+    main.write_text(
+        f"import sys\nsys.path[:0] = {path!r}\nimport os, torch, torchloupe as tl\n"
+        "model, scenes = tl.load('demo'), tl.demo_scenes(64, seed=1)\n"
+        "asked = {'methods': ['cam', 'saliency'], 'metrics': ['sparsity', 'pointing'], 'masks': scenes.masks[:, 0]}\n"
+        f"found = tl.compare(model, scenes.images, store={str(tmp_path / 'store')!r}, progress=False, **asked)\n"
+        f"found.save({str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n"
+        f"open({str(tmp_path)!r} + '/forwards' + os.environ['RANK'], 'w').write(str(model.forwards))\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(main)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    scenes = tl.demo_scenes(64, seed=1)
+    asked: dict[str, Any] = {"methods": ["cam", "saliency"], "metrics": ["sparsity", "pointing"], "progress": False}
+    alone = tl.compare("demo", scenes.images, masks=scenes.masks[:, 0], **asked)
+    for rank in range(2):
+        found = tl.open(tmp_path / f"rank{rank}.npz")
+        assert isinstance(found, tl.Comparison) and found.targets == alone.targets
+        torch.testing.assert_close(found.values, alone.values, atol=1e-5, rtol=0)
+    both = [int((tmp_path / f"forwards{rank}").read_text()) for rank in range(2)]
+    assert all(0 < one < sum(both) for one in both)
+
+
+def test_maps_that_are_one_are_judged_once(scenes: Any) -> None:
+    """By metrics that do not mind the scale; the others ask each method."""
+    model = tl.load("demo")
+    asked: dict[str, Any] = {"metrics": ["deletion", "seed_stability"], "progress": False}
+    forwards = [model.forwards]
+    for methods in (["cam"], ["cam", "grad_cam"], ["cam", "layer_cam"]):
+        found = tl.compare(model, scenes.images[:5], methods=methods, **asked)
+        forwards.append(model.forwards)
+        if "grad_cam" in methods:
+            assert torch.equal(found.values[0], found.values[1])
+    one, alike, apart = torch.tensor(forwards).diff().tolist()
+    assert alike - one == 6  # of the method itself, once about one image before
+    assert apart - one == 6 + 5 * 65
+
+
+def test_passes_are_counted(scenes: Any) -> None:
+    methods = ["cam", "grad_cam", "integrated_gradients", "smooth_grad"]
+    options: dict[str, Any] = {"integrated_gradients": {"steps": 8}, "smooth_grad": {"n_samples": 6}}
+    found = tl.compare("demo", scenes.images[:3], methods=methods, metrics=["sparsity"], options=options)
+    assert found.cost_backwards.tolist() == [0, 1, 8, 6, 0, 0, 0]
+    assert found.cost_forwards[:2].tolist() == [1, 1]
+
+
+def test_boxes_and_cut_outs_are_scored(scenes: Any) -> None:
+    pytest.importorskip("cv2")
+    masks = scenes.masks[:16, 0]
+    found = tl.compare(
+        "demo",
+        scenes.images[:16],
+        methods=["grad_cam"],
+        metrics=["corloc", "segmentation"],
+        masks=masks,
+        progress=False,
+    )
+    targets = [tl.target(text) for text in found.targets]
+    explained = tl.explain("demo", scenes.images[:16], target=targets)
+    cut = explained.segment()
+    expected = (cut & masks).sum((1, 2)) / (cut | masks).sum((1, 2))
+    torch.testing.assert_close(found.values[0, 1], expected, atol=1e-6, rtol=0)
+    hits = []
+    for boxes, mask in zip(explained.boxes(), masks, strict=True):
+        top, left, bottom, right = boxes[0]
+        rows, columns = mask.nonzero(as_tuple=True)
+        truth, own = torch.zeros_like(mask), torch.zeros_like(mask)
+        truth[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = own[top:bottom, left:right] = True
+        hits.append(float((truth & own).sum() / (truth | own).sum() > 0.5))
+    assert found.values[0, 0].tolist() == hits and sum(hits) > 0
 
 
 def test_a_folder_with_masks(scenes: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["proportional", "ranks", "spearman", "ssim", "top_overlap"]
+__all__ = ["correlation", "proportional", "ranks", "spearman", "ssim", "top_overlap"]
 
 WINDOW = 11  # pixels, of the Gaussian of structural similarity, with sigma 1.5 (Wang 2004)
 TOP = 0.1  # of the pixels

@@ -15,6 +15,7 @@ __all__ = ["complexity", "sparsity"]
     "compare",
     "sparsity",
     better="higher",
+    any_scale=True,
     cost="no forward",
     paper="Chalasani et al. 2020, Concise Explanations, section 2 (Gini)",
 )
@@ -31,6 +32,7 @@ def sparsity(case: Case) -> Tensor:
     "compare",
     "complexity",
     better="lower",
+    any_scale=True,
     cost="no forward",
     paper="Bhatt et al. 2020, Evaluating and Aggregating, definition 3",
 )

@@ -62,13 +62,13 @@ def area(curves: Tensor) -> Tensor:
     return (curves.sum(1) - (curves[:, 0] + curves[:, -1]) / 2) / (curves.shape[1] - 1)
 
 
-@method("compare", "deletion", better="lower", cost=STEPS, paper=PETSIUK)
+@method("compare", "deletion", better="lower", any_scale=True, cost=STEPS, paper=PETSIUK)
 def deletion(case: Case, *, step: int | None = None, baseline: Baseline = 0.0) -> Tensor:
     """The area under the target's value as pixels give way to the baseline, the highest first."""
     return area(curve(case, step, baseline, removing=True))
 
 
-@method("compare", "insertion", better="higher", cost=STEPS, paper=PETSIUK)
+@method("compare", "insertion", better="higher", any_scale=True, cost=STEPS, paper=PETSIUK)
 def insertion(case: Case, *, step: int | None = None, baseline: Baseline = None) -> Tensor:
     """The area under the target's value as pixels come into the baseline, the highest first.
 
@@ -95,6 +95,7 @@ def _blind(case: Case) -> Tensor:
     "compare",
     "road",
     better="higher",
+    any_scale=True,
     cost="forwards: 18",
     paper="Rong et al. 2022, A Consistent and Efficient Evaluation Strategy for Attribution Methods",
     random=True,
@@ -116,14 +117,14 @@ def road(case: Case, *, shares: tuple[float, ...] = SHARES, noise: float = 0.01)
     return total / (2 * len(shares))
 
 
-@method("compare", "average_drop", better="lower", cost="1 forward", paper=CHATTOPADHAY)
+@method("compare", "average_drop", better="lower", any_scale=True, cost="1 forward", paper=CHATTOPADHAY)
 def average_drop(case: Case) -> Tensor:
     """The share of the target's value that is lost when the image is shown through its own map; 0 where none is."""
     scores = case.scores()
     return (scores - case.seen_through).clamp(min=0) / scores.abs().clamp(min=1e-12)
 
 
-@method("compare", "average_increase", better="higher", cost="1 forward", paper=CHATTOPADHAY)
+@method("compare", "average_increase", better="higher", any_scale=True, cost="1 forward", paper=CHATTOPADHAY)
 def average_increase(case: Case) -> Tensor:
     """1 where the target's value is higher when the image is shown through its own map."""
     return (case.seen_through > case.scores()).float()

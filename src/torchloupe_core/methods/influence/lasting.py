@@ -15,18 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from torchloupe_core.blocks import Done
 from torchloupe_core.borrow import kept_threads
 from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, StoreError
-from torchloupe_core.filling import Filling, block_size_for, opened_store
+from torchloupe_core.filling import block_size_for, filled
 from torchloupe_core.handle import Handle
-from torchloupe_core.identity import differences, of_data, of_model
-from torchloupe_core.store import LOCK, Damaged, Store, is_store, packed, require_free
-from torchloupe_core.writers import Crew, Writer
+from torchloupe_core.identity import of_data, of_model
+from torchloupe_core.store import Damaged, Store, packed
 
 __all__ = ["KEEPING", "Lasting", "Parted", "made_by", "require_kept", "summed"]
 
@@ -115,22 +113,16 @@ class Lasting:
     def _complete(self, name: str, problem: P, count: int, of: Callable[[P, slice], Arrays], size: int | None) -> Store:
         """The store of a pass, with every part in it."""
         path = self.path / f"{name}{self.place}"
-        require_free(path)
-        made_by = {**self.made_by, "images": count, "pass": name}
-        if is_store(path) and not (store := Store.open(path)).missing() and self.resume:
-            if found := differences(made_by, store.made_by):
-                lines = "".join(f"\n  {line}" for line in found)
-                raise StoreError(f"{path} was made by another question; name another store, or ask as before:{lines}")
-            if not _damaged(store)[1]:
-                return store
         size = size or self.block_size or min(max(SMALLEST, -(-count // 4)), block_size_for(count, 1))
-        crew = Crew.present()
-        with Writer(path / LOCK, crew) as writer:
-            chosen = {"block_size": size, "threads": torch.get_num_threads() if self.spread is None else 1}
-            store = opened_store(path, writer, made_by, {}, lambda: (chosen, {}), self.resume)
-            work = _PartWork(problem, of, store, problem.handle)
-            Filling(work, writer, self.report, self.spread).complete(lambda: _damaged(store))
-        return store
+        return filled(
+            path,
+            {**self.made_by, "images": count, "pass": name},
+            {"block_size": size},
+            lambda store: _PartWork(problem, of, store, problem.handle),
+            resume=self.resume,
+            spread=self.spread,
+            progress=self.report,
+        )
 
 
 @dataclass(frozen=True)
@@ -199,14 +191,3 @@ def summed(parts: Iterable[tuple[slice, Arrays]], n: int) -> Arrays:
 
 def _digest(values: Tensor) -> str:
     return hashlib.sha256(values.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def _damaged(store: Store) -> tuple[None, set[int]]:
-    """The blocks that are not what was written."""
-    found = set()
-    for block in range(store.count):
-        try:
-            store.read(block)
-        except Damaged:
-            found.add(block)
-    return None, found
