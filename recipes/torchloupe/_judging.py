@@ -17,7 +17,7 @@ from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.memory import most_held
-from torchloupe_core.metrics.alike import correlation, proportional, ranks, ssim, top_overlap
+from torchloupe_core.metrics.alike import Windows, correlation, proportional, ranks, top_overlap
 from torchloupe_core.metrics.case import Case, as_probability
 from torchloupe_core.metrics.floors import FLOORS, floors
 from torchloupe_core.query import Query
@@ -80,7 +80,7 @@ class Judging:
         masks = None
         if self.truth is not None:
             masks = self.truth([chosen[place] for place in read], (inputs.shape[2], inputs.shape[3]))
-        cases, costs = self._cases(inputs, targets, masks, facts, first)
+        cases, costs = self._cases(inputs, targets, masks, facts, places.start, first)
         maps = {name: case.maps for name, case in cases.items()}
         agreement, alike = _agreement(list(maps.values()))
         facts |= {"methods": list(maps), "alike": alike, "apart": _apart(maps) if self.across else {}}
@@ -113,7 +113,13 @@ class Judging:
         return [logit(guesses[0].index) for guesses in self.handle.predict(inputs, k=1)]
 
     def _cases(
-        self, inputs: Tensor, targets: Sequence[Target], masks: Tensor | None, facts: dict[str, Any], first: bool
+        self,
+        inputs: Tensor,
+        targets: Sequence[Target],
+        masks: Tensor | None,
+        facts: dict[str, Any],
+        place: int,
+        first: bool,
     ) -> tuple[dict[str, Case], Tensor]:
         """Each method's maps, then those that know nothing of the model; and what they took, `[M, 4]`."""
         handle, shared = self.handle, dict[Any, Any]()
@@ -135,7 +141,15 @@ class Judging:
             costs.append([found.seconds, float(found.forwards), float(found.backwards), held])
             facts["layers"][way.name] = found.layer or ""
             cases[way.name] = Case(
-                query, found.upsample(), way.method, found.per_channel, again, plain.score_variants, masks, shared
+                query,
+                found.upsample(),
+                way.method,
+                found.per_channel,
+                again,
+                plain.score_variants,
+                masks,
+                shared,
+                place,
             )
         for name, maps in floors(handle.spec.display(inputs).float().cpu(), self.seed).items():
             cases[name] = Case(query, maps, masks=masks, shared=shared)
@@ -235,13 +249,13 @@ def _shared_alike(cases: Mapping[str, Case], one: int, other: int) -> bool:
 
 def _agreement(maps: Sequence[Tensor]) -> tuple[Tensor, list[Pair]]:
     """`[3, M, M, n]`: rank correlation, overlap, structural similarity; and the pairs that are one up to scale."""
-    count, ranked = len(maps), [ranks(one) for one in maps]
+    count, ranked, windows = len(maps), [ranks(one) for one in maps], [Windows(one) for one in maps]
     found = torch.ones(3, count, count, len(maps[0]))
     alike = []
     for i in range(count):
         for j in range(i + 1, count):
-            both = [correlation(ranked[i], ranked[j]), top_overlap(maps[i], maps[j]), ssim(maps[i], maps[j])]
-            found[:, i, j] = found[:, j, i] = torch.stack(both)
+            orders, highest = correlation(ranked[i], ranked[j]), top_overlap(maps[i], maps[j])
+            found[:, i, j] = found[:, j, i] = torch.stack([orders, highest, windows[i].similarity(windows[j])])
             if proportional(maps[i], maps[j]):
                 alike.append((i, j))
     return found, alike

@@ -54,7 +54,7 @@ def test_what_comes_back(found: tl.Comparison) -> None:
     assert found.cost_forwards[0] == 1 and found.cost_forwards[3] > 8 and (found.cost_seconds[:4] > 0).all()
     assert found.memory.isnan().all() and found.refused == {} and len(found) == 7
     randomised = found.values[0, METRICS.index("randomisation")]
-    assert randomised[:16].isfinite().all()  # of the first sixteen images of each group
+    assert randomised[:16].isfinite().all() and randomised[16:].isnan().all()
 
 
 def test_values_are_those_of_the_metrics_alone(scenes: Any, found: tl.Comparison) -> None:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from torchloupe_core.borrow import kept_randomness
-from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
-from torchloupe_core.metrics.case import Case
+from torchloupe_core.errors import BadInput, MissingDependency
+from torchloupe_core.metrics.case import FEW, Again, Case, of_first
 from torchloupe_core.registry import method
 
 __all__ = ["infidelity", "max_sensitivity"]
-
-FEW = 16  # images whose map is asked again
 
 
 @method(
@@ -80,29 +78,26 @@ def max_sensitivity(case: Case, *, radius: float = 0.02, n_samples: int = 5, ima
 
     radius: of those changes, for each number of the input; n_samples: how many there are.
     """
-    again = case.again
-    if again is None:
-        raise NotApplicable("a baseline has no part in the model, so there is nothing to ask again")
-    if n_samples < 1 or not radius > 0 or images < 1:
-        raise BadInput(f"n_samples and images are at least 1 and radius above 0; got {n_samples}, {images}, {radius}")
-    rest = min(images, len(case))
+    if n_samples < 1 or not radius > 0:
+        raise BadInput(f"n_samples is at least 1 and radius above 0; got {n_samples}, {radius}")
 
-    def explained(inputs: tuple[Tensor]) -> tuple[Tensor]:
-        each = len(inputs[0]) // rest  # variants of an image, one after the other
-        return (again(inputs[0].detach(), [place // each for place in range(len(inputs[0]))]),)
+    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+        def explained(variants: tuple[Tensor]) -> tuple[Tensor]:
+            each = len(variants[0]) // len(maps)  # of an image, one after the other
+            return (again(variants[0].detach(), [place // each for place in range(len(variants[0]))]),)
 
-    with kept_randomness():
-        torch.manual_seed(case.query.seed)
-        found: Tensor = _metrics().sensitivity_max(
-            explained,
-            case.query.inputs[:rest],
-            perturb_radius=radius,
-            n_perturb_samples=n_samples,
-            max_examples_per_batch=rest,
-        )
-    answer = torch.full((len(case),), torch.nan)
-    answer[:rest] = found.detach().float().cpu()
-    return answer
+        with kept_randomness():
+            torch.manual_seed(case.query.seed)
+            found: Tensor = _metrics().sensitivity_max(
+                explained,
+                inputs,
+                perturb_radius=radius,
+                n_perturb_samples=n_samples,
+                max_examples_per_batch=len(maps),
+            )
+        return found.detach().float().cpu()
+
+    return of_first(case, images, judge)
 
 
 def _metrics() -> Any:

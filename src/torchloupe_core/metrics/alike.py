@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["correlation", "proportional", "ranks", "spearman", "ssim", "top_overlap"]
+__all__ = ["Windows", "correlation", "proportional", "ranks", "spearman", "ssim", "top_overlap"]
 
 WINDOW = 11  # pixels, of the Gaussian of structural similarity, with sigma 1.5 (Wang 2004)
 TOP = 0.1  # of the pixels
@@ -52,15 +52,31 @@ def top_overlap(a: Tensor, b: Tensor, share: float = TOP) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """`[N]`: structural similarity of maps `[N, H, W]`, each scaled to [0, 1] (Wang et al. 2004)."""
-    x, y = (_scaled(one.double())[:, None] for one in (a, b))
-    radius = min(WINDOW, *a.shape[1:]) // 2
+    return Windows(a).similarity(Windows(b))
+
+
+class Windows:
+    """Maps as structural similarity sees them, for several comparisons: scaled, each window's mean and variance."""
+
+    def __init__(self, maps: Tensor) -> None:
+        self.maps = _scaled(maps.double())
+        self.mean = _smoothed(self.maps)
+        self.variance = _smoothed(self.maps**2) - self.mean**2
+
+    def similarity(self, other: Windows) -> Tensor:
+        """`[N]`."""
+        joint = _smoothed(self.maps * other.maps) - self.mean * other.mean
+        steady = (2 * self.mean * other.mean + 0.01**2) / (self.mean**2 + other.mean**2 + 0.01**2)
+        return (steady * (2 * joint + 0.03**2) / (self.variance + other.variance + 0.03**2)).mean((1, 2)).float()
+
+
+def _smoothed(values: Tensor) -> Tensor:
+    """The weighted mean of each window, one dimension after the other."""
+    radius = min(WINDOW, *values.shape[1:]) // 2
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    kernel = (line[:, None] * line / line.sum() ** 2)[None, None]
-    mean_x, mean_y, xx, yy, xy = (F.conv2d(one, kernel) for one in (x, y, x * x, y * y, x * y))
-    varied_x, varied_y, joint = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
-    steady = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
-    return (steady * (2 * joint + 0.03**2) / (varied_x + varied_y + 0.03**2)).mean((1, 2, 3)).float()
+    kernel = (line / line.sum())[None, None]
+    return F.conv2d(F.conv2d(values[:, None], kernel[:, :, None]), kernel[..., None])[:, 0]
 
 
 def proportional(a: Tensor, b: Tensor) -> bool:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from torchloupe_core.atoms import Output
-from torchloupe_core.errors import NotApplicable
+from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.query import Query
 from torchloupe_core.registry import Method
 from torchloupe_core.targets import Target, prob
 
-__all__ = ["Again", "Case", "as_probability"]
+__all__ = ["FEW", "Again", "Case", "as_probability", "of_first"]
+
+FEW = 16  # images, of metrics that ask each method anew several times; the others have no value
 
 
 class Again(Protocol):
@@ -39,7 +41,7 @@ class Case:
     raw, at the images' resolution. attributed: `[N, C, H, W]`, the shares of input channels where the method gives
     them. method: None for a baseline, which no model has a part in; again: the method once more; explained: the value
     that was explained, `[n]`, of one variant of each image. masks: `[N, H, W]` bool, where the truth is. shared: where
-    metrics keep what they need for every method.
+    metrics keep what they need for every method. place: of the first of these images in the whole comparison.
 
     NaN in an answer says that the metric has nothing to say of that image.
     """
@@ -52,6 +54,7 @@ class Case:
     explained: Callable[[Tensor], Tensor] | None = None
     masks: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    place: int = 0
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -84,6 +87,19 @@ class Case:
         if self.masks is None:
             raise NotApplicable("this metric needs masks=, where the object is")
         return self.masks
+
+
+def of_first(case: Case, images: int, judge: Callable[[Tensor, Tensor, Again], Tensor]) -> Tensor:
+    """`[N]`: what `judge(maps, inputs, again)` says of the first images of the whole comparison, NaN for the others."""
+    if images < 1:
+        raise BadInput(f"images is how many are asked again, at least 1; got {images}")
+    if case.again is None:
+        raise NotApplicable("a baseline has no part in the model, so there is nothing to ask again")
+    count = max(0, min(images - case.place, len(case)))
+    found = torch.full((len(case),), torch.nan)
+    if count:
+        found[:count] = judge(case.maps[:count], case.query.inputs[:count], case.again)
+    return found
 
 
 def as_probability(target: Target) -> Target:

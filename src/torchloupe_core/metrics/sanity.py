@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchloupe_core.borrow import kept_randomness
-from torchloupe_core.errors import BadInput, NotApplicable
+from torchloupe_core.errors import NotApplicable
 from torchloupe_core.handle import Handle, Shape
 from torchloupe_core.metrics.alike import spearman
-from torchloupe_core.metrics.case import Case
+from torchloupe_core.metrics.case import FEW, Again, Case, of_first
 from torchloupe_core.registry import method
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "seed_stability",
 ]
 
-FEW = 16  # images, of metrics that ask each method anew several times; the others have no value
 STAGES = 4
 BINS = 100
 
@@ -77,15 +76,13 @@ def randomisation(case: Case, *, stages: int = STAGES, images: int = FEW) -> Ten
     These initialise a quarter, a half, three quarters and all of the layers anew, the last ones first (more with other
     `stages`). Of the first images.
     """
-    rest = _few(case, images)
-    chosen = list(range(rest))
-    inputs, found = case.query.inputs[:rest], torch.full((len(case),), torch.nan)
-    alike = [
-        spearman(case.maps[:rest].abs(), _again(case, inputs, chosen, handle=one).abs())
-        for one in _randomised(case, stages)
-    ]
-    found[:rest] = torch.stack(alike).nan_to_num(0.0).mean(0)  # a constant map has nothing of the other
-    return found
+
+    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+        chosen, models = list(range(len(maps))), _randomised(case, stages)
+        alike = [spearman(maps.abs(), again(inputs, chosen, handle=one).abs()) for one in models]
+        return torch.stack(alike).nan_to_num(0.0).mean(0)  # a constant map has nothing of the other
+
+    return of_first(case, images, judge)
 
 
 @method(
@@ -101,13 +98,13 @@ def randomisation_rise(case: Case, *, images: int = FEW) -> Tensor:
 
     The efficient form of parameter randomisation, which asks the method once. Of the first images.
     """
-    rest = _few(case, images)
-    *_, last = _randomised(case, STAGES)
-    before = _entropy(case.maps[:rest])
-    after = _entropy(_again(case, case.query.inputs[:rest], list(range(rest)), handle=last))
-    found = torch.full((len(case),), torch.nan)
-    found[:rest] = (after - before) / before
-    return found
+
+    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+        *_, last = _randomised(case, STAGES)
+        before = _entropy(maps)
+        return (_entropy(again(inputs, list(range(len(maps))), handle=last)) - before) / before
+
+    return of_first(case, images, judge)
 
 
 @method(
@@ -122,28 +119,28 @@ def input_invariance(case: Case, *, shift: float = 1.0, images: int = FEW) -> Te
 
     So nothing has changed. shift: in units of the model's input. Of the first images.
     """
-    rest = _few(case, images)
-    key = ("shifted", shift)
-    if key not in case.shared:
-        case.shared[key] = _shifted(case.query.handle, shift)
-    moved = _again(case, case.query.inputs[:rest] + shift, list(range(rest)), handle=case.shared[key])
-    before = case.maps[:rest].flatten(1)
-    found = torch.full((len(case),), torch.nan)
-    found[:rest] = (moved.flatten(1) - before).norm(dim=1) / before.norm(dim=1)
-    return found
+
+    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+        key = ("shifted", shift)
+        if key not in case.shared:
+            case.shared[key] = _shifted(case.query.handle, shift)
+        moved = again(inputs + shift, list(range(len(maps))), handle=case.shared[key])
+        gap: Tensor = (moved - maps).flatten(1).norm(dim=1) / maps.flatten(1).norm(dim=1)
+        return gap
+
+    return of_first(case, images, judge)
 
 
 @method("compare", "seed_stability", better="higher", cost="the method once, of 16 images")
 def seed_stability(case: Case, *, images: int = FEW) -> Tensor:
     """The rank correlation of the maps of two seeds; 1 for a method that draws nothing at random."""
-    rest = _few(case, images)
-    found = torch.full((len(case),), torch.nan)
-    if case.method is not None and not case.method.random:
-        found[:rest] = 1.0
-        return found
-    again = _again(case, case.query.inputs[:rest], list(range(rest)), seed=case.query.seed + 1)
-    found[:rest] = spearman(case.maps[:rest], again)
-    return found
+
+    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+        if case.method is not None and not case.method.random:
+            return torch.ones(len(maps))
+        return spearman(maps, again(inputs, list(range(len(maps))), seed=case.query.seed + 1))
+
+    return of_first(case, images, judge)
 
 
 @method("compare", "completeness_gap", better="lower", cost="2 forwards", paper="Sundararajan et al. 2017, Axiomatic")
@@ -158,21 +155,6 @@ def completeness_gap(case: Case) -> Tensor:
     inputs = case.query.inputs
     risen = case.once("risen", lambda: explained(inputs) - explained(torch.zeros_like(inputs)))
     return (case.attributed.sum((1, 2, 3)) - risen).abs() / risen.abs().clamp(min=1e-12)
-
-
-def _few(case: Case, images: int) -> int:
-    if images < 1:
-        raise BadInput(f"images is how many are asked again, at least 1; got {images}")
-    if case.again is None:
-        raise NotApplicable("a baseline has no part in the model, so there is nothing to ask again")
-    return min(images, len(case))
-
-
-def _again(
-    case: Case, inputs: Tensor, images: list[int], *, handle: Handle | None = None, seed: int | None = None
-) -> Tensor:
-    assert case.again is not None
-    return case.again(inputs, images, handle=handle, seed=seed)
 
 
 def _randomised(case: Case, stages: int) -> list[Handle]:
