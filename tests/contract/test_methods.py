@@ -54,6 +54,16 @@ def _trial(method: str, specimen: str) -> Trial:
     return tl.checks.trial(method, handle, inputs, **OPTIONS.get(method, {}))
 
 
+@pytest.mark.parametrize("specimen", SPECIMENS)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_are_taken_are_counted(method: str, specimen: str) -> None:
+    """By the methods whose tag says that they need one, and by no others."""
+    trial = _trial(method, specimen)
+    if not trial.refused:
+        backwards, images = trial.reference.backwards, len(trial.inputs)
+        assert (backwards >= images) == ("gradient" in trial.method.needs) and (backwards >= images or not backwards)
+
+
 @pytest.mark.parametrize("check", tl.checks.checks_of("explain"))
 @pytest.mark.parametrize("specimen", SPECIMENS)
 @pytest.mark.parametrize("method", METHODS)

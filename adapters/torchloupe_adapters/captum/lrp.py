@@ -130,7 +130,7 @@ class _HandedDown(nn.Module):
                 weights[row, label] = weight
         contributions = finite((weights * logits).detach())
         self.kept.append(contributions.sum(1))
-        return 1 + (contributions * (logits - logits.detach())).sum(1)
+        return self.part.handle.counted(1 + (contributions * (logits - logits.detach())).sum(1))
 
 
 def _of_each(noted: dict[torch.device, Tensor]) -> Tensor | float:
