@@ -25,7 +25,7 @@ from torchloupe_core.pace import Pace
 from torchloupe_core.spec import Spec
 from torchloupe_core.targets import Bound, TargetLike, as_targets
 from torchloupe_core.trace import Layer, Trace
-from torchloupe_core.watch import Exchange, Place, Watch, hooked
+from torchloupe_core.watch import Exchange, Place, Watch, hooked, on_gradient
 
 __all__ = ["Guess", "Handle", "Reading", "unwrapped"]
 
@@ -429,8 +429,7 @@ class Handle:
 
     def counted(self, values: Tensor) -> Tensor:
         """Values `[N, ...]`, one for each image, of which each gradient that is taken is counted from now on."""
-        if values.requires_grad:
-            values.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        on_gradient(values, self._count_backward)
         return values
 
     def _count_backward(self, gradient: Tensor) -> None:

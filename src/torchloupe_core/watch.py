@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.layout import Layout, to_map
 
-__all__ = ["Exchange", "Place", "Watch", "first_tensor", "hooked"]
+__all__ = ["Exchange", "Place", "Watch", "first_tensor", "hooked", "on_gradient"]
 
 Before = Callable[[str, nn.Module, Any], Any]
 After = Callable[[str, nn.Module, Any], Any]
@@ -73,6 +73,12 @@ def hooked(modules: Mapping[str, nn.Module], before: Before | None, after: After
                 for key in [key for key, hook in table.items() if id(hook) in mine]:
                     del table[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def on_gradient(values: Tensor, call: Callable[[Tensor], None]) -> None:
+    """Calls `call(gradient)` each time that a gradient passes through values of a graph."""
+    if values.requires_grad:
+        values.register_hook(call)  # type: ignore[no-untyped-call]
 
 
 class _Entering:
