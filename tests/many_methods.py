@@ -62,6 +62,7 @@ def comparison() -> Comparison:
         values=values,
         cost_seconds=seconds,
         cost_forwards=torch.ones(M),
+        cost_backwards=torch.zeros(M),
         memory=torch.full((M,), torch.nan),
         layers=("layer4",) * 4 + ("",) * (M - 4),
         agreement=agreement,

@@ -94,6 +94,7 @@ def _columns(found: Comparison, order: Sequence[int]) -> tuple[list[dict[str, An
 def _costs(found: Comparison) -> Iterator[tuple[str, Tensor]]:
     yield "ms/image", 1000 * found.cost_seconds
     yield "forwards", found.cost_forwards
+    yield "backwards", found.cost_backwards
     if not found.memory.isnan().all():
         yield "MiB", found.memory / 2**20
 
