@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchloupe_core.errors import BadInput, MissingDependency
 from torchloupe_core.query import Map, Query
 from torchloupe_core.registry import method
-from torchloupe_core.stand_in import Answer, StandIn, map_by, require_single_logits
+from torchloupe_core.stand_in import Answer, StandIn, by_gradient, map_by, require_single_logits
 
 __all__ = [
     "ablation_cam",
@@ -40,7 +40,6 @@ __all__ = [
     "xgrad_cam",
 ]
 
-HEAD = "1 forward + backward of the head"
 WHOLE = "1 forward for each channel"
 ABLATED = "2 forwards + 1 for each channel"
 KERNELS = ("cosine", "linear", "poly", "rbf", "sigmoid")
@@ -49,73 +48,38 @@ WITHOUT_SIGN = {"EigenCAM", "EigenGradCAM", "KPCA_CAM"}  # a direction may as we
 Target = Callable[[Tensor], Tensor]
 
 
-@method(
-    "explain",
-    "grad_cam.grad_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU",
-)
+@by_gradient("grad_cam.grad_cam", paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU")
 def grad_cam(query: Query) -> Map:
     """`sum_k mean_hw(d target / d A_k) A_k`, as grad_cam; for comparison of the two."""
     return map_by(query, _asked("GradCAM"))
 
 
-@method(
-    "explain",
-    "grad_cam.grad_cam++",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Chattopadhay et al. 2018, Grad-CAM++, of the exponential of the target",
-)
+@by_gradient("grad_cam.grad_cam++", paper="Chattopadhay et al. 2018, Grad-CAM++, of the exponential of the target")
 def grad_cam_plus_plus(query: Query) -> Map:
     """As grad_cam++, with 1e-6 added to the denominator: where gradients are small, weights are smaller."""
     return map_by(query, _asked("GradCAMPlusPlus"))
 
 
-@method(
-    "explain",
-    "grad_cam.xgrad_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Fu et al. 2020, Axiom-based Grad-CAM",
-)
+@by_gradient("grad_cam.xgrad_cam", paper="Fu et al. 2020, Axiom-based Grad-CAM")
 def xgrad_cam(query: Query) -> Map:
     """As xgrad_cam, with 1e-7 added to each channel's sum."""
     return map_by(query, _asked("XGradCAM"))
 
 
-@method(
-    "explain",
-    "grad_cam.hires_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Draelos and Carin 2020, Use HiResCAM instead of Grad-CAM",
-)
+@by_gradient("grad_cam.hires_cam", paper="Draelos and Carin 2020, Use HiResCAM instead of Grad-CAM")
 def hires_cam(query: Query) -> Map:
     """`sum_k g_k A_k`, as hires_cam."""
     return map_by(query, _asked("HiResCAM"))
 
 
-@method(
-    "explain",
-    "grad_cam.layer_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Jiang et al. 2021, LayerCAM",
-)
+@by_gradient("grad_cam.layer_cam", paper="Jiang et al. 2021, LayerCAM")
 def layer_cam(query: Query) -> Map:
     """`sum_k relu(g_k) A_k`, as layer_cam."""
     return map_by(query, _asked("LayerCAM"))
 
 
-@method(
-    "explain",
-    "grad_cam.grad_cam_elementwise",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Gildenblat 2021, pytorch-grad-cam, GradCAMElementWise",
-    signed=False,
+@by_gradient(
+    "grad_cam.grad_cam_elementwise", paper="Gildenblat 2021, pytorch-grad-cam, GradCAMElementWise", signed=False
 )
 def grad_cam_elementwise(query: Query) -> Map:
     """`sum_k relu(g_k A_k)`: only what speaks for the target, channel by channel."""
@@ -137,13 +101,7 @@ def shapley_cam(query: Query) -> Map:
     return map_by(query, _twice_differentiable(_asked("ShapleyCAM", _with_graph)), from_input=True)
 
 
-@method(
-    "explain",
-    "grad_cam.finer_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Zhang et al. 2025, Finer-CAM, by Grad-CAM",
-)
+@by_gradient("grad_cam.finer_cam", paper="Zhang et al. 2025, Finer-CAM, by Grad-CAM")
 def finer_cam(query: Query, *, alpha: float = 1.0) -> Map:
     """Grad-CAM of a logit less the logits nearest to it, which shows what tells a class from those like it.
 
@@ -169,25 +127,13 @@ def eigen_cam(query: Query) -> Map:
     return map_by(query, _asked("EigenCAM"), gradient=False)
 
 
-@method(
-    "explain",
-    "grad_cam.eigen_grad_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Gildenblat 2021, pytorch-grad-cam, EigenGradCAM",
-)
+@by_gradient("grad_cam.eigen_grad_cam", paper="Gildenblat 2021, pytorch-grad-cam, EigenGradCAM")
 def eigen_grad_cam(query: Query) -> Map:
     """The projection of `g_k A_k` on its first principal direction, the one on the side of their mean."""
     return map_by(query, _asked("EigenGradCAM"))
 
 
-@method(
-    "explain",
-    "grad_cam.seg_eigen_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Chung and Ying 2025, Seg-Eigen-CAM",
-)
+@by_gradient("grad_cam.seg_eigen_cam", paper="Chung and Ying 2025, Seg-Eigen-CAM")
 def seg_eigen_cam(query: Query) -> Map:
     """The projection of `|g_k| A_k` on its first principal direction, the larger end of it positive."""
     return map_by(query, _asked("SegEigenCAM"))
@@ -252,14 +198,7 @@ def score_cam(query: Query) -> Map:
     return map_by(query, _asked("ScoreCAM"), gradient=False, alone=True)
 
 
-@method(
-    "explain",
-    "grad_cam.random_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Gildenblat 2021, pytorch-grad-cam, RandomCAM",
-    random=True,
-)
+@by_gradient("grad_cam.random_cam", paper="Gildenblat 2021, pytorch-grad-cam, RandomCAM", random=True)
 def random_cam(query: Query) -> Map:
     """`sum_k w_k A_k` with weights drawn from [-1, 1]: what a method has to beat."""
     return map_by(query, _asked("RandomCAM"), alone=True)

@@ -16,7 +16,7 @@ from torchloupe_core.errors import BadInput, MissingDependency
 from torchloupe_core.methods.cam import cam as verified
 from torchloupe_core.query import Map, Query
 from torchloupe_core.registry import method
-from torchloupe_core.stand_in import Answer, StandIn, map_by, require_single_logits
+from torchloupe_core.stand_in import Answer, StandIn, by_gradient, map_by, require_single_logits
 
 __all__ = [
     "cam",
@@ -31,7 +31,6 @@ __all__ = [
     "xgrad_cam",
 ]
 
-HEAD = "1 forward + backward of the head"
 BATCHED = {"ISCAM", "SSCAM", "ScoreCAM"}
 
 
@@ -55,25 +54,13 @@ def cam(query: Query) -> Map:
     return found
 
 
-@method(
-    "explain",
-    "torchcam.grad_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU",
-)
+@by_gradient("torchcam.grad_cam", paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU")
 def grad_cam(query: Query) -> Map:
     """`sum_k mean_hw(d target / d A_k) A_k`, as grad_cam; for comparison of the two."""
     return map_by(query, _asked("GradCAM"))
 
 
-@method(
-    "explain",
-    "torchcam.grad_cam++",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Chattopadhay et al. 2018, Grad-CAM++, as torch-cam 0.5 computes it",
-)
+@by_gradient("torchcam.grad_cam++", paper="Chattopadhay et al. 2018, Grad-CAM++, as torch-cam 0.5 computes it")
 def grad_cam_plus_plus(query: Query) -> Map:
     """`sum_k w_k A_k` with `w_k = sum_hw g_k^2 relu(g_k)`; not grad_cam++.
 
@@ -99,37 +86,19 @@ def smooth_grad_cam_plus_plus(query: Query, *, n_samples: int = 4, std: float = 
     return map_by(query, _asked("SmoothGradCAMpp", num_samples=n_samples, std=std), alone=True)
 
 
-@method(
-    "explain",
-    "torchcam.xgrad_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Fu et al. 2020, Axiom-based Grad-CAM",
-)
+@by_gradient("torchcam.xgrad_cam", paper="Fu et al. 2020, Axiom-based Grad-CAM")
 def xgrad_cam(query: Query) -> Map:
     """As xgrad_cam, with 1e-8 added to each channel's sum."""
     return map_by(query, _asked("XGradCAM"))
 
 
-@method(
-    "explain",
-    "torchcam.layer_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Jiang et al. 2021, LayerCAM",
-)
+@by_gradient("torchcam.layer_cam", paper="Jiang et al. 2021, LayerCAM")
 def layer_cam(query: Query) -> Map:
     """`sum_k relu(g_k) A_k`, as layer_cam."""
     return map_by(query, _asked("LayerCAM"))
 
 
-@method(
-    "explain",
-    "torchcam.finer_cam",
-    needs=("layer", "gradient"),
-    cost=HEAD,
-    paper="Zhang et al. 2025, Finer-CAM, by Grad-CAM",
-)
+@by_gradient("torchcam.finer_cam", paper="Zhang et al. 2025, Finer-CAM, by Grad-CAM")
 def finer_cam(query: Query, *, gamma: float = 0.6, n_references: int = 3) -> Map:
     """Grad-CAM of a logit less `gamma` times the mean of the logits nearest to it; for targets that are one logit."""
     require_single_logits(query, "torchcam.finer_cam")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,8 +34,6 @@ __all__ = [
 ]
 
 INSTEAD = "integrated_gradients is complete on any differentiable model"
-COST = "2 forwards + 1 backward through rules"
-NEEDS = ("gradient", "rules")
 SAME = 1e-3  # of the largest logit: the same model up to rounding
 
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -46,12 +45,11 @@ ADDING = {"add", "__add__", "__iadd__", "__radd__", "add_"}
 AVERAGING = {"mean", "adaptive_avg_pool2d", "avg_pool2d"}
 RECTIFYING = {"relu", "relu_"}
 
+by_rules = partial(method, "explain", needs=("gradient", "rules"), cost="2 forwards + 1 backward through rules")
 
-@method(
-    "explain",
+
+@by_rules(
     "zennit.epsilon_plus",
-    needs=NEEDS,
-    cost=COST,
     paper="Kohlbrenner et al. 2020, Towards Best Practice in Explaining Neural Network Decisions with LRP",
 )
 def epsilon_plus(query: Query, *, epsilon: float = 1e-6, biases: bool = True) -> Map:
@@ -64,11 +62,8 @@ def epsilon_plus(query: Query, *, epsilon: float = 1e-6, biases: bool = True) ->
     return _propagated(query, "EpsilonPlus", epsilon, biases)
 
 
-@method(
-    "explain",
+@by_rules(
     "zennit.epsilon_plus_flat",
-    needs=NEEDS,
-    cost=COST,
     paper="Kohlbrenner et al. 2020, Towards Best Practice in Explaining Neural Network Decisions with LRP",
 )
 def epsilon_plus_flat(query: Query, *, epsilon: float = 1e-6, biases: bool = True) -> Map:
@@ -76,11 +71,8 @@ def epsilon_plus_flat(query: Query, *, epsilon: float = 1e-6, biases: bool = Tru
     return _propagated(query, "EpsilonPlusFlat", epsilon, biases)
 
 
-@method(
-    "explain",
+@by_rules(
     "zennit.epsilon_alpha2_beta1",
-    needs=NEEDS,
-    cost=COST,
     paper="Bach et al. 2015, On Pixel-Wise Explanations by Layer-Wise Relevance Propagation, alpha 2 and beta 1",
 )
 def epsilon_alpha2_beta1(query: Query, *, epsilon: float = 1e-6, biases: bool = True) -> Map:
@@ -88,11 +80,8 @@ def epsilon_alpha2_beta1(query: Query, *, epsilon: float = 1e-6, biases: bool = 
     return _propagated(query, "EpsilonAlpha2Beta1", epsilon, biases)
 
 
-@method(
-    "explain",
+@by_rules(
     "zennit.epsilon_alpha2_beta1_flat",
-    needs=NEEDS,
-    cost=COST,
     paper="Kohlbrenner et al. 2020, Towards Best Practice in Explaining Neural Network Decisions with LRP",
 )
 def epsilon_alpha2_beta1_flat(query: Query, *, epsilon: float = 1e-6, biases: bool = True) -> Map:
@@ -100,13 +89,7 @@ def epsilon_alpha2_beta1_flat(query: Query, *, epsilon: float = 1e-6, biases: bo
     return _propagated(query, "EpsilonAlpha2Beta1Flat", epsilon, biases)
 
 
-@method(
-    "explain",
-    "zennit.epsilon_gamma_box",
-    needs=NEEDS,
-    cost=COST,
-    paper="Montavon et al. 2019, Layer-Wise Relevance Propagation: An Overview",
-)
+@by_rules("zennit.epsilon_gamma_box", paper="Montavon et al. 2019, Layer-Wise Relevance Propagation: An Overview")
 def epsilon_gamma_box(query: Query, *, epsilon: float = 1e-6, gamma: float = 0.25, biases: bool = True) -> Map:
     """Relevance by gamma in convolutions, epsilon in linear layers, the box rule in the first layer.
 

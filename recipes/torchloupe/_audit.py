@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchloupe._batch import read_batch
 from torchloupe._explain import explain
 from torchloupe._masks import masks_of
 from torchloupe._models import ModelLike, opened
@@ -17,7 +18,7 @@ from torchloupe._versions import versions
 from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
 from torchloupe_core.audit import Audit
-from torchloupe_core.dataset import DataSet, open_data
+from torchloupe_core.dataset import open_data
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
 from torchloupe_core.methods.recurring import Region, recurring
@@ -69,7 +70,9 @@ def audit(
         raise BadInput(f"images is at least {LEAST} and share above 0, at most 1; got {images} and {share}")
     order = list(data.order)
     chosen = [order[place * len(order) // min(images, len(order))] for place in range(min(images, len(order)))]
-    read = _read(handle, data, chosen)
+    read = read_batch(handle, data, chosen, asking="an audit")
+    if not len(read):
+        raise BadInput(f"none of the {len(chosen)} images could be read: {next(iter(read.skipped.values()), '')}")
     pictures = handle.spec.display(read.inputs).float().cpu()
     side = round(min(pictures.shape[2:]) / 5) if width is None else width
     if not 3 <= side <= min(pictures.shape[2:]) // 2:
@@ -103,7 +106,7 @@ def audit(
         else torch.empty(0, 0, 3, height, across),
         boxes=torch.stack([one.boxes[:shown] for one in found]) if found else torch.empty(0, 0, 4, dtype=torch.long),
         patches=torch.stack([one.patch for one in found]) if found else torch.empty(0, 3, side, side),
-        looked_at=len(read.indices),
+        looked_at=len(read),
         recurring=len(tried),
         skipped=read.skipped,
     )
@@ -121,13 +124,6 @@ class _Suspect:
 
 
 @dataclass(frozen=True)
-class _Images:
-    inputs: Tensor
-    indices: list[int]
-    skipped: dict[str, str]
-
-
-@dataclass(frozen=True)
 class _Finding:
     """A region that recurs, the rows that have it, and what came of trying it."""
 
@@ -140,21 +136,6 @@ class _Finding:
     transplanted: float
     control: float
     inside: float
-
-
-def _read(handle: Handle, data: DataSet, chosen: Sequence[int]) -> _Images:
-    inputs, indices, skipped = [], [], {}
-    for sample in data.read_each(chosen):
-        if sample.inputs is None:
-            skipped[data.name(sample.index)] = str(sample.error)
-        else:
-            inputs.append(sample.inputs)
-            indices.append(sample.index)
-    if not inputs:
-        raise BadInput(f"none of the {len(skipped)} images could be read: {next(iter(skipped.values()), '')}")
-    if len({one.shape for one in inputs}) > 1:
-        raise BadInput("the images are of several sizes; an audit needs one, so give a model with an input size")
-    return _Images(torch.stack(inputs).to(handle.device, handle.dtype), indices, skipped)
 
 
 def _suspects(

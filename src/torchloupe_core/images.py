@@ -269,10 +269,11 @@ def _numbered(indices: Sequence[int]) -> str:
     return f"image {shown}" if len(indices) == 1 else f"images {shown}"
 
 
-def data_uri(picture: Tensor) -> str:
-    """A picture `[3, H, W]`, uint8 or in [0, 1], as the text of a PNG for a page."""
+def data_uri(picture: Tensor, *, quality: int | None = None) -> str:
+    """A picture `[3, H, W]`, uint8 or in [0, 1], as the text of a PNG for a page; of a WebP if a quality is given."""
     if picture.is_floating_point():
         picture = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    kind, options = ("png", {}) if quality is None else ("webp", {"quality": quality})
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

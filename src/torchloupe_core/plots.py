@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import singledispatch
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "escaped",
     "figure",
     "frame",
+    "name_points",
     "overlay",
     "png",
     "ring",
@@ -34,6 +36,7 @@ __all__ = [
 MOST_ROWS = 12
 SIGNED, POSITIVE = "RdBu_r", "viridis"  # diverging around zero; perceptually uniform
 MARKS = (("black", 1.8), ("#ffd400", 1.0))  # yellow on black shows on any picture
+AWAY = (0, -8, 8, -16, 16, -24, 24, -32, 32)  # points down from a point to its name
 CLIPPED = 0.995  # a few extreme pixels would otherwise leave the rest of a gradient map pale
 
 
@@ -125,6 +128,25 @@ def ring(axes: Any, middle: tuple[float, float], radius: float) -> None:
 
     for colour, line in MARKS:
         axes.add_patch(Circle(middle, radius, fill=False, edgecolor=colour, linewidth=line))
+
+
+def name_points(drawing: Any, axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """A name beside each point, right or left, moved up or down until it lies on no other name and no point."""
+    from matplotlib.transforms import Bbox
+
+    drawing.draw_without_rendering()  # or it is not known where points are
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*points.values()])]
+    for name, point in points.items():
+        for down, (side, aligned) in product(AWAY, ((6, "left"), (-6, "right"))):
+            text = axes.annotate(
+                escaped(name), point, (side, -down), "data", "offset points", fontsize=7, va="center", ha=aligned
+            )
+            box = text.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= drawing.bbox.x1
+            if (down, side) == (AWAY[-1], -6) or (inside and not any(box.overlaps(other) for other in taken)):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _drawn(result: Result, new_figure: Callable[..., Any], **options: Any) -> tuple[Any, Any]:

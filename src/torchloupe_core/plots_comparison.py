@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from torchloupe_core import plots
 from torchloupe_core.comparison import Comparison
 from torchloupe_core.errors import BadInput
 
-__all__: list[str] = []
+__all__ = ["MEASURES", "overlays"]
 
 Kind = Literal["maps", "bars", "cost", "agreement"]
 
-TILE = 1.3  # inches
+TILE, LETTER = 1.3, 0.055  # inches
 METHOD, FLOOR = "#3465a4", "#b5b9c0"
 MEASURES = ("rank correlation", "overlap of the highest tenth", "structural similarity")
 
@@ -36,25 +40,49 @@ def _draw_comparison(
     raise BadInput(f'kind is "bars", "maps", "cost" or "agreement"; got {kind!r}')
 
 
+def overlays(found: Comparison) -> Tensor:
+    """`[M, S, 3, H, W]` in [0, 1]: every method's maps of the first images in colour, over those images in grey."""
+    grey = found.images.mean(1, keepdim=True).expand_as(found.images)
+    signed = [bool((maps < 0).any()) for maps in found.maps]
+    return torch.stack(
+        [
+            torch.stack([plots.blended(image, one, sign, 0.6) for image, one in zip(grey, maps, strict=True)])
+            for maps, sign in zip(found.maps, signed, strict=True)
+        ]
+    )
+
+
 def _maps(found: Comparison, new_figure: Callable[..., Any]) -> tuple[Any, Any]:
     down, across = len(found.images), 1 + len(found)
     drawing = new_figure(figsize=(TILE * across, TILE * down + 0.35), layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False)
+    drawn = overlays(found)
     for row, image in enumerate(found.images):
-        pictures = [image, *(plots.blended(image, maps[row], bool((maps[row] < 0).any()), 0.6) for maps in found.maps)]
-        for one, picture in zip(axes[row], pictures, strict=True):
+        for one, picture in zip(axes[row], (image, *drawn[:, row]), strict=True):
             one.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
-            one.set_axis_off()
+            one.set(xticks=[], yticks=[])
+            one.spines[:].set_visible(False)
+        axes[row, 0].set_ylabel(plots.escaped(textwrap.fill(found.targets[row], 22, max_lines=2)), fontsize=7)
     for one, name in zip(axes[0], ("image", *found.methods), strict=True):
-        one.set_title(plots.escaped(name.replace(".", ".\n", 1)), fontsize=7)
+        one.set_title(_broken(name), fontsize=7)
     return drawing, axes
+
+
+def _broken(name: str, most: int = 16) -> str:
+    """A method's name in lines that fit over a picture: broken after the backend, and where it is long."""
+    lines = [""]
+    for part in name.replace(".", ".\n").replace("_", "_\n").splitlines():
+        if lines[-1].endswith(".") or len(lines[-1]) + len(part) > most:
+            lines.append("")
+        lines[-1] += part
+    return plots.escaped("\n".join(lines))
 
 
 def _bars(found: Comparison, new_figure: Callable[..., Any], chosen: Sequence[str]) -> tuple[Any, Any]:
     across = min(3, len(chosen))
     down = -(-len(chosen) // across)
-    height = 0.22 * len(found) + 0.6
-    drawing = new_figure(figsize=(3.4 * across, height * down), layout="constrained")
+    height, width = 0.22 * len(found) + 0.6, 2.1 + LETTER * max(map(len, found.methods))
+    drawing = new_figure(figsize=(width * across, height * down), layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False)
     for place, one in enumerate(axes.flat):
         if place >= len(chosen):
@@ -71,6 +99,7 @@ def _bars(found: Comparison, new_figure: Callable[..., Any], chosen: Sequence[st
         )
         one.set_title(f"{plots.escaped(chosen[place])}, {arrow}", fontsize=8, loc="left")
         one.tick_params(axis="x", labelsize=7)
+        one.xaxis.get_offset_text().set_fontsize(7)
         one.spines[["top", "right"]].set_visible(False)
     return drawing, axes
 
@@ -79,12 +108,8 @@ def _cost(found: Comparison, new_figure: Callable[..., Any], chosen: Sequence[st
     drawing = new_figure(figsize=(5.2, 3.6), layout="constrained")
     axes = drawing.subplots()
     ranks = found.mean_ranks(chosen)
-    for name, rank in ranks.items():
-        seconds = found.cost_seconds[found.methods.index(name)].item()
-        axes.plot(1000 * seconds, rank, "o", color=METHOD)
-        axes.annotate(
-            plots.escaped(name), (1000 * seconds, rank), xytext=(4, 4), textcoords="offset points", fontsize=7
-        )
+    milliseconds = [1000 * found.cost_seconds[found.methods.index(name)].item() for name in ranks]
+    axes.plot(milliseconds, list(ranks.values()), "o", color=METHOD)
     axes.set_xscale("log")
     axes.invert_yaxis()
     axes.margins(x=0.2)
@@ -92,17 +117,19 @@ def _cost(found: Comparison, new_figure: Callable[..., Any], chosen: Sequence[st
     axes.set_ylabel(f"mean rank over {len(chosen)} metrics, the best on top", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
+    plots.name_points(drawing, axes, dict(zip(ranks, zip(milliseconds, ranks.values(), strict=True), strict=True)))
     return drawing, axes
 
 
 def _agreement(found: Comparison, new_figure: Callable[..., Any]) -> tuple[Any, Any]:
-    side = 0.28 * len(found) + 1.2
-    drawing = new_figure(figsize=(3 * side, side + 0.5), layout="constrained")
+    side, names = 0.28 * len(found) + 0.4, [plots.escaped(name) for name in found.methods]
+    room = LETTER * max(map(len, names))
+    drawing = new_figure(figsize=(3 * side + room + 0.8, side + room + 0.2), layout="compressed")
     axes = drawing.subplots(1, 3)
     for place, (one, name, values) in enumerate(zip(axes, MEASURES, found.agreement, strict=True)):
         shown = one.imshow(values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         one.set_title(name, fontsize=8)
-        one.set_xticks(range(len(found)), found.methods, fontsize=6, rotation=90)
-        one.set_yticks(range(len(found)), found.methods if place == 0 else [""] * len(found), fontsize=6)
+        one.set_xticks(range(len(found)), names, fontsize=6, rotation=90)
+        one.set_yticks(range(len(found)), names if place == 0 else [""] * len(found), fontsize=6)
     drawing.colorbar(shown, ax=list(axes), shrink=0.8).ax.tick_params(labelsize=6)
     return drawing, axes

@@ -9,6 +9,7 @@ which module gives them, and its output is the target's value. The user's model 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +20,12 @@ from torchloupe_core.handle import Reading, pick
 from torchloupe_core.layout import from_map, to_map
 from torchloupe_core.methods.cam import other_layer
 from torchloupe_core.query import Map, Query, finite
+from torchloupe_core.registry import method
 
-__all__ = ["Answer", "StandIn", "map_by", "require_single_logits"]
+__all__ = ["Answer", "StandIn", "by_gradient", "map_by", "require_single_logits"]
+
+# Registers a class activation map by the gradient at a layer; the name and the paper are its own.
+by_gradient = partial(method, "explain", needs=("layer", "gradient"), cost="1 forward + backward of the head")
 
 
 class StandIn(nn.Module):
