@@ -20,7 +20,7 @@ from torchloupe_core.results import Attribution, texts
 from torchloupe_core.spec import OutputSelector
 from torchloupe_core.targets import Bound, Target, TargetLike, as_targets, logit
 
-__all__ = ["explain"]
+__all__ = ["explain", "predicted"]
 
 
 def explain(
@@ -59,7 +59,7 @@ def explain(
     inputs = handle.inputs(images)
     begun, forwards, backwards = time.perf_counter(), handle.forwards, handle.backwards
     with handle.borrow(), progress_bar(way.name, "images", progress) as report:
-        asked = as_targets(_predicted(handle, inputs) if target is None else target, len(inputs))
+        asked = as_targets(predicted(handle, inputs) if target is None else target, len(inputs))
         bound = handle.bind(asked, inputs)
         query = Query(handle, inputs, bound, seed, None if layer is None else str(layer), batch_size, report)
         found = way.run(query, **options)
@@ -93,7 +93,7 @@ def explain(
     )
 
 
-def _predicted(handle: Handle, inputs: torch.Tensor) -> list[Target]:
+def predicted(handle: Handle, inputs: torch.Tensor) -> list[Target]:
     """The logit of each image's most probable class, by name where the name is its own."""
     best = [guesses[0] for guesses in handle.predict(inputs, k=1)]
     names = handle.classes or ()

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchloupe._explain import explain
+from torchloupe._batch import read_batch
+from torchloupe._explain import explain, predicted
 from torchloupe_core import registry
 from torchloupe_core.blocks import Done
 from torchloupe_core.borrow import kept_threads
 from torchloupe_core.dataset import DataSet
-from torchloupe_core.errors import BadInput, MissingDependency, NotApplicable
+from torchloupe_core.errors import MissingDependency, NotApplicable
 from torchloupe_core.handle import Handle
 from torchloupe_core.memory import most_held
 from torchloupe_core.metrics.alike import Windows, correlation, proportional, ranks, top_overlap
@@ -25,7 +26,7 @@ from torchloupe_core.registry import Method
 from torchloupe_core.results import Attribution
 from torchloupe_core.scan import Report
 from torchloupe_core.store import Store, packed
-from torchloupe_core.targets import Target, logit
+from torchloupe_core.targets import Target
 
 __all__ = ["SHOWN", "Judging", "Stored", "Way"]
 
@@ -71,15 +72,16 @@ class Judging:
     def group(self, places: range, *, first: bool) -> Judged:
         """What is found of some images. first: of this process, which prepares what methods need and measures them."""
         chosen = [self.order[place] for place in places]
-        inputs, read, skipped = self._read(chosen)
-        facts: dict[str, Any] = {"skipped": skipped, "refused": {}, "layers": {}, "targets": [], "methods": []}
-        if not read:
+        batch = read_batch(self.handle, self.data, chosen, asking="a comparison", skip_failures=self.skip_failures)
+        facts: dict[str, Any] = {"skipped": batch.skipped, "refused": {}, "layers": {}, "targets": [], "methods": []}
+        if not len(batch):
             return {}, facts
-        targets = self._predicted(inputs) if self.asked is None else [self.asked[places[place]] for place in read]
+        inputs, asked = batch.inputs, self.asked
+        targets = predicted(self.handle, inputs) if asked is None else [asked[places[one]] for one in batch.places]
         facts["targets"] = list(map(str, targets))
         masks = None
         if self.truth is not None:
-            masks = self.truth([chosen[place] for place in read], (inputs.shape[2], inputs.shape[3]))
+            masks = self.truth(batch.indices, (inputs.shape[2], inputs.shape[3]))
         cases, costs = self._cases(inputs, targets, masks, facts, places.start, first)
         maps = {name: case.maps for name, case in cases.items()}
         agreement, alike = _agreement(list(maps.values()))
@@ -89,28 +91,6 @@ class Judging:
             tensors["maps"] = torch.stack([one[:SHOWN] for one in maps.values()])
             tensors["images"] = self.handle.spec.display(inputs[:SHOWN]).float().cpu()
         return tensors, facts
-
-    def _read(self, chosen: Sequence[int]) -> tuple[Tensor, list[int], dict[str, str]]:
-        """The inputs that can be read, their places among the chosen, and why others cannot."""
-        inputs, places, skipped = [], [], {}
-        for place, index in enumerate(chosen):
-            sample = self.data.read(index)
-            if sample.inputs is None:
-                if not self.skip_failures:
-                    raise BadInput(f"{self.data.name(index)}: {sample.error}")
-                skipped[self.data.name(index)] = str(sample.error)
-                continue
-            inputs.append(sample.inputs)
-            places.append(place)
-        if len({one.shape for one in inputs}) > 1:
-            raise BadInput(
-                "the images are of several sizes; a comparison needs one, so give a model with an input size"
-            )
-        found = torch.stack(inputs) if inputs else torch.empty(0)
-        return found.to(self.handle.device, self.handle.dtype), places, skipped
-
-    def _predicted(self, inputs: Tensor) -> list[Target]:
-        return [logit(guesses[0].index) for guesses in self.handle.predict(inputs, k=1)]
 
     def _cases(
         self,
