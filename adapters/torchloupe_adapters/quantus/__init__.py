@@ -12,8 +12,8 @@ What differs from calling Quantus oneself, in all of them:
 Left out: `SensitivityN` correlates over images, not over subsets of pixels; of one size `faithfulness_correlation` is
 what its paper defines. `Completeness` asks two floats to be the same; `completeness_gap` says how far they are apart.
 `InputInvariance` is of models that begin with a convolution, yes or no; `input_invariance` is of any, and by how much.
-`Consistency` compares the signs of a map's first five pixels. `IROF` needs numpy's `trapz`, which numpy 2.4 has no
-longer. `Focus` needs mosaics of images of known classes.
+`Consistency` compares the signs of a map's first five pixels. `IROF` fails on images of several channels, and needs
+numpy's `trapz`, which numpy 2.4 has no longer. `Focus` needs mosaics of images of known classes.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def pixel_flipping(case: Case, *, step: int | None = None, baseline: Baseline = 
     step: pixels at a time, a divisor of their number; as many as the image is wide unless given. The curve begins after
     the first step, where `deletion` begins before it. Quantus' own area is that times the number of steps less one.
     """
-    return area(_removed(case, "PixelFlipping", baseline, features_in_step=_step(case, step)))
+    return _height(_removed(case, "PixelFlipping", baseline, features_in_step=_step(case, step)))
 
 
 @method(
@@ -90,7 +90,7 @@ def region_perturbation(case: Case, *, patch_size: int = 8, n_regions: int = 100
 def selectivity(case: Case, *, patch_size: int = 8, baseline: Baseline = 0.0) -> Tensor:
     """The mean height of the target's value as squares give way to the baseline, those of the highest sum first."""
     _at_least_one(patch_size=patch_size)
-    return area(_removed(case, "Selectivity", baseline, patch_size=patch_size))
+    return _height(_removed(case, "Selectivity", baseline, patch_size=patch_size))
 
 
 @method(
@@ -251,6 +251,11 @@ def non_sensitivity(case: Case, *, patch_size: int = 8, eps: float = 0.01, basel
 def _removed(case: Case, kind: str, baseline: Baseline, **options: Any) -> Tensor:
     """What Quantus says where the baseline stands in for pixels of the map."""
     return numbers(evaluated(case, kind, covered(case, baseline), case.maps, perturb_baseline=0.0, **options))
+
+
+def _height(curves: Tensor) -> Tensor:
+    """`[N]`: the mean height of curves `[N, n]`; of one point, the point."""
+    return area(curves) if curves.shape[1] > 1 else curves[:, 0]
 
 
 def _step(case: Case, step: int | None) -> int:

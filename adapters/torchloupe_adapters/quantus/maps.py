@@ -61,7 +61,7 @@ def complexity(case: Case) -> Tensor:
     cost=NONE,
     paper="Nguyen and Martínez 2020, On Quantitative Aspects of Model Interpretability, section 2.5",
 )
-def effective_complexity(case: Case, *, eps: float = 1e-5) -> Tensor:
+def effective_complexity(case: Case, *, eps: float = 0.01) -> Tensor:
     """The number of pixels above `eps` of the largest magnitude. The paper's also asks the model; Quantus' does not."""
     return numbers(evaluated(case, "EffectiveComplexity", seen(case), to_peak(case.maps.abs()), eps=eps))
 
