@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import captum.metrics
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 import torchloupe as tl
 from torchloupe_adapters.quantus import faithfulness, maps, randomisation, robustness
+from torchloupe_adapters.quantus.asked import first
 from torchloupe_core.checks.snapshot import Snapshot
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle
@@ -269,6 +274,26 @@ def test_uncertainty_of_a_sum_is_that_of_its_weights() -> None:
     alike(faithfulness.monotonicity_correlation(case, step=1, n_samples=20), direct)
 
 
+def test_greys_are_between_black_and_white() -> None:
+    """Drawn once for each image and time; the first image's value is below 1e-5, which Quantus alone stumbles over."""
+    weights, inputs = noise(3, 4, 4), noise(2, 3, 4, 4, seed=1)
+    inputs[0, 0, 0, 0] -= ((inputs[0] * weights).sum() - 1e-6) / weights[0, 0, 0]
+    handle = tl.wrap(Additive(weights), input_size=(3, 4, 4), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    case = Case(Query(handle, inputs, handle.bind("logit:0", inputs)), noise(2, 4, 4, seed=2))
+    assert case.scores()[0].abs() < 1e-5 < case.scores()[1].abs()
+    rng, order = np.random.RandomState(0), case.maps.abs().flatten(1).argsort(1)
+    sums, moved = torch.zeros(2, 8), torch.zeros(2, 8)
+    for group in range(8):
+        chosen = order[:, 2 * group : 2 * group + 2]
+        sums[:, group] = case.maps.abs().flatten(1).gather(1, chosen).sum(1)
+        for _ in range(3):
+            grey = torch.from_numpy(rng.uniform(0, 1, 2)).float()
+            shown = handle.spec.normalised(grey[:, None, None, None].expand(2, 3, 4, 4)) - inputs
+            change = (shown * weights).sum(1).flatten(1).gather(1, chosen).sum(1)
+            moved[:, group] += change**2 / 3
+    alike(faithfulness.monotonicity_correlation(case, step=2, n_samples=3), spearman(sums, moved))
+
+
 def test_infidelity_is_captums_of_squares() -> None:
     """Each square away from a picture of ones, in order. `captum.infidelity` draws noise instead."""
     case = curved(2)
@@ -335,6 +360,15 @@ def test_road_is_quantus() -> None:
             filled = imputed(case.query.inputs[index : index + 1], hidden.view(1, 8, 8), 0.0, torch.Generator())
             stays.append(float(model(filled).argmax() == label))
         assert several.item() == pytest.approx(np.mean(stays))
+
+
+def test_one_map_that_says_nothing_takes_nothing_from_the_others() -> None:
+    case, less = curved(), curved()
+    less.maps[1] = 2.0
+    less.maps[0] -= 100  # in the same order
+    expected = faithfulness.road(case)
+    expected[1] = torch.nan
+    torch.testing.assert_close(faithfulness.road(less), expected, equal_nan=True)
 
 
 def test_completeness_is_quantus() -> None:
@@ -522,11 +556,21 @@ def test_images_with_similar_maps_are_of_one_class() -> None:
         faithfulness.sufficiency(case_of(ByMean(), inputs[:1], found[:1]))
 
 
+def test_a_part_of_a_case_asks_about_its_own_images() -> None:
+    seen: list[list[int]] = []
+    case = masked()
+    case.again = lambda inputs, images, **_: seen.append(images) or inputs  # type: ignore[func-returns-value]
+    part = first(case, 2, 4)
+    assert part.again is not None and len(part) == 2
+    part.again(part.query.inputs, [1, 0])
+    assert seen == [[3, 2]]
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_each_runs_on_the_demo_model_and_leaves_no_trace() -> None:
+def test_each_runs_on_the_demo_model_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
     scenes, model = tl.demo_scenes(4, seed=3), tl.load("demo")
     model.module.train()
     for parameter in model.module.parameters():
@@ -543,7 +587,7 @@ def test_each_runs_on_the_demo_model_and_leaves_no_trace() -> None:
         options={**QUICK, "captum.integrated_gradients": {"steps": 8}},
         progress=False,
     )
-    assert before.differences() == []
+    assert before.differences() == [] and capsys.readouterr().out == ""
     assert (list(warnings.filters), list(logging.root.handlers), logging.root.level) == (filters, handlers, level)
     assert set(found.refused) <= {f"{name}, {metric}" for name in found.methods for metric in ALL}
     for place, name in enumerate(ALL):
@@ -578,18 +622,19 @@ def test_targets_that_are_no_class() -> None:
     with case.query.handle.borrow():
         heights = native.curve(case, 8, 0.0, removing=True)
         alike(faithfulness.pixel_flipping(case), native.area(heights[:, 1:]))
-        with pytest.raises(NotApplicable, match=r"which class the model predicts, and conv:1 is no class"):
+        with pytest.raises(NotApplicable, match="which class is predicted, and conv:1 is no class; road is of any"):
             faithfulness.road(case)
 
 
-def test_a_softmax_inside_stays() -> None:
-    """Quantus takes out the last one of a model, by a name with dots, and warns."""
+def test_a_softmax_inside_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantus takes out the last one of a model, and logs it by a handler that it puts on the root."""
     probable = nn.Sequential(Curved(1), nn.Softmax(1))
     case = case_of(probable, noise(4, 1, 8, 8, seed=1), noise(4, 8, 8, seed=2), again=lambda x, i, **_: noise(4, 8, 8))
     plain = case_of(Curved(1), noise(4, 1, 8, 8, seed=1), noise(4, 8, 8, seed=2), "prob:0", again=case.again)
     alike(faithfulness.pixel_flipping(case), faithfulness.pixel_flipping(plain))
+    monkeypatch.setattr(logging.root, "handlers", [])
     assert randomisation.efficient_mprt(case).isfinite().all()
-    assert len(list(probable.modules())) == 5
+    assert logging.root.handlers == [] and len(list(probable.modules())) == 5
 
 
 def test_what_quantus_has_against_a_map_is_said() -> None:
@@ -600,6 +645,24 @@ def test_what_quantus_has_against_a_map_is_said() -> None:
     ) as told:
         faithfulness.pixel_flipping(case)
     assert isinstance(told.value.__cause__, AssertionError)
+
+
+@pytest.mark.slow
+def test_the_first_use_leaves_randomness_as_it_is() -> None:
+    """Importing Quantus draws from Python's."""
+    script = (
+        "import logging, random, sys, warnings, numpy as np, torch, torchloupe as tl\n"
+        "from torchloupe_adapters.quantus.asked import library\n"
+        "look = lambda: (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), "
+        "list(warnings.filters), list(logging.root.handlers), torch.get_num_threads())\n"
+        "random.seed(0)\nbefore = look()\nassert 'quantus' not in sys.modules\nlibrary()\n"
+        "assert 'quantus' in sys.modules and look() == before\n"
+    )
+    root = Path(__file__).parents[2]
+    tree = os.pathsep.join(str(root / storey) for storey in ("src", "adapters", "recipes"))
+    environment = {**os.environ, "PYTHONPATH": tree}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 class Failing(Curved):

@@ -33,7 +33,6 @@ __all__ = [
     "FEW",
     "Sight",
     "asked_again",
-    "classes_of",
     "covered",
     "evaluated",
     "few",
@@ -82,7 +81,7 @@ def covered(
 
     def answer(x: Tensor) -> Tensor:
         cover = x.to(inputs.device).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-        return case.score_variants(images(cover))[:, None]
+        return case.score_variants(images(cover).to(inputs.dtype))[:, None]
 
     return Sight(torch.ones(len(case), 1, height // patch, width // patch), answer)
 
@@ -91,17 +90,6 @@ def values_of(case: Case, inputs: Tensor) -> Tensor:
     """The model's outputs for one variant of each image, `[N, K]`, in batches."""
     query = replace(case.query, inputs=inputs.to(case.query.inputs))
     return torch.cat(query.each(lambda part: part.outputs(part.inputs))).float().cpu()
-
-
-def classes_of(case: Case) -> list[int]:
-    """The class that each target is the logit or the probability of. Raises `NotApplicable` for any other target."""
-    found = []
-    for bound in case.query.targets:
-        weight, atom = bound.terms[0]
-        if len(bound.terms) > 1 or weight != 1 or getattr(atom, "kind", "") not in ("logit", "prob"):
-            raise NotApplicable(f"this asks which class the model predicts, and {bound.target} is no class")
-        found.append(int(getattr(atom, "label", 0)))
-    return found
 
 
 def first(case: Case, start: int, stop: int) -> Case:

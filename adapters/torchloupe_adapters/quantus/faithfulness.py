@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from torchloupe_adapters.quantus.asked import (
     Sight,
-    classes_of,
     covered,
     evaluated,
     first,
@@ -21,6 +20,7 @@ from torchloupe_adapters.quantus.asked import (
     to_peak,
     values_of,
 )
+from torchloupe_core.atoms import Output
 from torchloupe_core.baselines import Baseline
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.metrics.case import Case
@@ -85,7 +85,7 @@ def region_perturbation(case: Case, *, patch_size: int = 8, n_regions: int = 100
     "quantus.selectivity",
     better="lower",
     cost=SQUARES,
-    paper="Montavon et al. 2018, Methods for Interpreting and Understanding Deep Neural Networks, section 6.2",
+    paper="Montavon et al. 2018, Methods for Interpreting and Understanding Deep Neural Networks",
 )
 def selectivity(case: Case, *, patch_size: int = 8, baseline: Baseline = 0.0) -> Tensor:
     """The mean height of the target's value as squares give way to the baseline, those of the highest sum first."""
@@ -149,7 +149,7 @@ def monotonicity(case: Case, *, step: int | None = None, baseline: Baseline = 0.
     "quantus.monotonicity_correlation",
     better="higher",
     cost="forwards: 10 times as many as the image is wide",
-    paper=f"{NGUYEN}, section 2.3",
+    paper=NGUYEN,
     random=True,
 )
 def monotonicity_correlation(case: Case, *, step: int | None = None, n_samples: int = 10) -> Tensor:
@@ -221,22 +221,24 @@ def road(case: Case, *, shares: tuple[float, ...] = SHARES, noise: float = 0.01)
     """At how many of the `shares` of the highest pixels removed the model still predicts the target's class.
 
     Removed pixels become the weighted mean of their neighbours plus noise of that standard deviation, solved exactly,
-    which takes a second at 224 pixels. For targets that are classes. Quantus alone gives one curve for all images, and
-    fails on those of several channels.
+    which takes about a second at 224 pixels, each time. For targets that are classes. Quantus alone gives one curve for
+    all images, and fails on those of several channels.
     """
     if not shares or not all(0 < share < 1 for share in shares):
         raise BadInput(f"shares are parts of the pixels, each above 0 and below 1; got {shares}")
     options: dict[str, Any] = {"percentages": [round(100 * share, 6) for share in shares], "perturb_func": _hidden}
-    classes, found = classes_of(case), []
+    classes, found = _classes(case), torch.full((len(case),), torch.nan)
     for index, label in enumerate(classes):
         one = first(case, index, index + 1)
-        sight = Sight(torch.ones_like(one.maps[:, None]), partial(_imputed_outputs, one, noise))
-        kept = evaluated(one, "ROAD", sight, one.maps, classes=[label], **options)
-        found.append(sum(kept.values()) / len(shares))
-    return numbers(found)
+        above = one.maps - one.maps.amin()  # Quantus refuses maps below zero, whose order is as good
+        if above.any():  # a constant map has no order
+            sight = Sight(torch.ones_like(above[:, None]), partial(_imputed_outputs, one, noise))
+            kept = evaluated(one, "ROAD", sight, above, classes=[label], **options)
+            found[index] = sum(kept.values()) / len(shares)
+    return found
 
 
-@method("compare", "quantus.non_sensitivity", better="lower", cost=SQUARES, paper=f"{NGUYEN}, section 2.4")
+@method("compare", "quantus.non_sensitivity", better="lower", cost=SQUARES, paper=NGUYEN)
 def non_sensitivity(case: Case, *, patch_size: int = 8, eps: float = 0.01, baseline: Baseline = 0.0) -> Tensor:
     """The number of squares where the map and the model disagree on whether they matter at all.
 
@@ -256,6 +258,19 @@ def _removed(case: Case, kind: str, baseline: Baseline, **options: Any) -> Tenso
 def _height(curves: Tensor) -> Tensor:
     """`[N]`: the mean height of curves `[N, n]`; of one point, the point."""
     return area(curves) if curves.shape[1] > 1 else curves[:, 0]
+
+
+def _classes(case: Case) -> list[int]:
+    """The class that each target is the logit or the probability of. Raises `NotApplicable` for any other target."""
+    found = []
+    for bound in case.query.targets:
+        weight, atom = bound.terms[0]
+        if len(bound.terms) > 1 or weight != 1 or not isinstance(atom, Output) or atom.kind not in ("logit", "prob"):
+            raise NotApplicable(
+                f"quantus.road asks which class is predicted, and {bound.target} is no class; road is of any target"
+            )
+        found.append(int(atom.label))
+    return found
 
 
 def _step(case: Case, step: int | None) -> int:

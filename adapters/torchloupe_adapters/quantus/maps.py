@@ -59,7 +59,7 @@ def complexity(case: Case) -> Tensor:
     "quantus.effective_complexity",
     better="lower",
     cost=NONE,
-    paper="Nguyen and Martínez 2020, On Quantitative Aspects of Model Interpretability, section 2.5",
+    paper="Nguyen and Martínez 2020, On Quantitative Aspects of Model Interpretability",
 )
 def effective_complexity(case: Case, *, eps: float = 0.01) -> Tensor:
     """The number of pixels above `eps` of the largest magnitude. The paper's also asks the model; Quantus' does not."""
@@ -86,7 +86,7 @@ def pointing_game(case: Case) -> Tensor:
     "quantus.attribution_localisation",
     better="higher",
     cost=NONE,
-    paper="Kohlbrenner et al. 2020, Towards Best Practice in Explaining Neural Network Decisions with LRP, eq. 11",
+    paper="Kohlbrenner et al. 2020, Towards Best Practice in Explaining Neural Network Decisions with LRP",
 )
 def attribution_localisation(case: Case) -> Tensor:
     """The share of the positive values inside the mask. As `energy_pointing`."""

@@ -60,9 +60,7 @@ def avg_sensitivity(case: Case, *, radius: float = 0.02, n_samples: int = 5, ima
     return _steadiness(case, "AvgSensitivity", images, n_samples, radius, nr_samples=n_samples, lower_bound=radius)
 
 
-@method(
-    "compare", "quantus.relative_input_stability", better="lower", cost=ASKED, paper=f"{AGARWAL}, eq. 2", random=True
-)
+@method("compare", "quantus.relative_input_stability", better="lower", cost=ASKED, paper=AGARWAL, random=True)
 def relative_input_stability(case: Case, *, radius: float = 0.02, n_samples: int = 5, images: int = FEW) -> Tensor:
     """The largest change of the map over that of the input, each number's change being of that number.
 
@@ -74,9 +72,7 @@ def relative_input_stability(case: Case, *, radius: float = 0.02, n_samples: int
     )
 
 
-@method(
-    "compare", "quantus.relative_output_stability", better="lower", cost=ASKED, paper=f"{AGARWAL}, eq. 5", random=True
-)
+@method("compare", "quantus.relative_output_stability", better="lower", cost=ASKED, paper=AGARWAL, random=True)
 def relative_output_stability(case: Case, *, radius: float = 0.02, n_samples: int = 5, images: int = FEW) -> Tensor:
     """The largest change of the map, each number's of that number, over the norm of the outputs' change.
 
