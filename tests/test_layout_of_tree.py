@@ -42,6 +42,7 @@ HOMES = {
     "pytorch_grad_cam": {"torchloupe_adapters/grad_cam.py"},
     "torchcam": {"torchloupe_adapters/torchcam.py"},
     "zennit": {"torchloupe_adapters/zennit.py"},
+    "quantus": {"torchloupe_adapters/quantus/asked.py"},
     "lime": {"torchloupe_adapters/lime.py"},
     "shap": {"torchloupe_adapters/shap.py"},
     "scipy": {"torchloupe_adapters/scipy.py"},

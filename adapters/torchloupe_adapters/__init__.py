@@ -71,6 +71,37 @@ _TORCHCAM = (
     "xgrad_cam",
 )
 
+_QUANTUS = (
+    "attribution_localisation",
+    "auc",
+    "avg_sensitivity",
+    "complexity",
+    "effective_complexity",
+    "efficient_mprt",
+    "faithfulness_correlation",
+    "faithfulness_estimate",
+    "infidelity",
+    "local_lipschitz_estimate",
+    "max_sensitivity",
+    "monotonicity",
+    "monotonicity_correlation",
+    "mprt",
+    "non_sensitivity",
+    "pixel_flipping",
+    "pointing_game",
+    "random_logit",
+    "region_perturbation",
+    "relative_input_stability",
+    "relative_output_stability",
+    "relevance_mass_accuracy",
+    "relevance_rank_accuracy",
+    "road",
+    "selectivity",
+    "sparseness",
+    "sufficiency",
+    "top_k_intersection",
+)
+
 _ZENNIT = (
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",
@@ -121,6 +152,7 @@ METHODS = {
         ("compare", f"captum.{name}"): "torchloupe_adapters.captum.metrics"
         for name in ("infidelity", "max_sensitivity")
     },
+    **{("compare", f"quantus.{name}"): "torchloupe_adapters.quantus" for name in _QUANTUS},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("table", "pandas.frame"): "torchloupe_adapters.pandas",
     ("embed", "sklearn.pca"): "torchloupe_adapters.sklearn",

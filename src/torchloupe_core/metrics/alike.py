@@ -72,7 +72,7 @@ class Windows:
 
 def _smoothed(values: Tensor) -> Tensor:
     """The weighted mean of each window, one dimension after the other."""
-    radius = min(WINDOW, *values.shape[1:]) // 2
+    radius = (min(WINDOW, *values.shape[1:]) - 1) // 2
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     kernel = (line / line.sum())[None, None]
