@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import torchloupe as tl
 from torchloupe_adapters.quantus import faithfulness, maps, randomisation, robustness
-from torchloupe_adapters.quantus.asked import evaluated, first, seen
+from torchloupe_adapters.quantus.asked import evaluated, seen
 from torchloupe_core.checks.snapshot import Snapshot
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle
@@ -581,7 +581,7 @@ def test_a_part_of_a_case_asks_about_its_own_images() -> None:
     asked: list[list[int]] = []
     case = masked()
     case.again = lambda inputs, images, **_: asked.append(images) or inputs  # type: ignore[func-returns-value]
-    part = first(case, 2, 4)
+    part = case.only(2, 4)
     assert part.again is not None and len(part) == 2
     part.again(part.query.inputs, [1, 0])
     assert asked == [[3, 2]]

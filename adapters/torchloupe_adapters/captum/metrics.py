@@ -81,19 +81,19 @@ def max_sensitivity(case: Case, *, radius: float = 0.02, n_samples: int = 5, ima
     if n_samples < 1 or not radius > 0:
         raise BadInput(f"n_samples is at least 1 and radius above 0; got {n_samples}, {radius}")
 
-    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+    def judge(part: Case, again: Again) -> Tensor:
         def explained(variants: tuple[Tensor]) -> tuple[Tensor]:
-            each = len(variants[0]) // len(maps)  # of an image, one after the other
+            each = len(variants[0]) // len(part)  # of an image, one after the other
             return (again(variants[0].detach(), [place // each for place in range(len(variants[0]))]),)
 
         with kept_randomness():
             torch.manual_seed(case.query.seed)
             found: Tensor = _metrics().sensitivity_max(
                 explained,
-                inputs,
+                part.query.inputs,
                 perturb_radius=radius,
                 n_perturb_samples=n_samples,
-                max_examples_per_batch=len(maps),
+                max_examples_per_batch=len(part),
             )
         return found.detach().float().cpu()
 

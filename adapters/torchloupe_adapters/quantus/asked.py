@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchloupe_core.baselines import Baseline, filling
 from torchloupe_core.borrow import kept_randomness
@@ -30,22 +29,17 @@ from torchloupe_core.handle import Handle
 from torchloupe_core.metrics.case import Case
 
 __all__ = [
-    "FEW",
     "Sight",
     "asked_again",
     "covered",
     "evaluated",
-    "few",
-    "first",
     "library",
     "numbers",
-    "padded",
     "seen",
     "to_peak",
     "values_of",
 ]
 
-FEW = 16  # images whose map is asked again
 # What Quantus raises where it can make nothing of maps, masks or an option; a module's own errors are told apart.
 FOREIGN = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -90,35 +84,6 @@ def values_of(case: Case, inputs: Tensor) -> Tensor:
     """The model's outputs for one variant of each image, `[N, K]`, in batches."""
     query = replace(case.query, inputs=inputs.to(case.query.inputs))
     return torch.cat(query.each(lambda part: part.outputs(part.inputs))).float().cpu()
-
-
-def first(case: Case, start: int, stop: int) -> Case:
-    """The case of some of the images."""
-    again = case.again
-    return replace(
-        case,
-        query=case.query.only(start, stop),
-        maps=case.maps[start:stop],
-        attributed=None if case.attributed is None else case.attributed[start:stop],
-        again=None
-        if again is None
-        else lambda inputs, images, **more: again(inputs, [start + one for one in images], **more),
-        explained=None,
-        masks=None if case.masks is None else case.masks[start:stop],
-        shared={},
-    )
-
-
-def few(case: Case, images: int) -> Case:
-    """The first images. Raises `BadInput`."""
-    if images < 1:
-        raise BadInput(f"images is how many are asked again, at least 1; got {images}")
-    return first(case, 0, min(images, len(case)))
-
-
-def padded(found: Tensor, count: int) -> Tensor:
-    """`[count]`: NaN of the images that were not asked about."""
-    return F.pad(found, (0, count - len(found)), value=torch.nan)
 
 
 def asked_again(case: Case, form: Callable[[Tensor], Tensor] = lambda maps: maps) -> Again:

@@ -14,7 +14,6 @@ from torchloupe_adapters.quantus.asked import (
     Sight,
     covered,
     evaluated,
-    first,
     library,
     numbers,
     to_peak,
@@ -229,7 +228,7 @@ def road(case: Case, *, shares: tuple[float, ...] = SHARES, noise: float = 0.01)
     options: dict[str, Any] = {"percentages": [round(100 * share, 6) for share in shares], "perturb_func": _hidden}
     classes, found = _classes(case), torch.full((len(case),), torch.nan)
     for index, label in enumerate(classes):
-        one = first(case, index, index + 1)
+        one = case.only(index, index + 1)
         above = one.maps - one.maps.amin()  # Quantus refuses maps below zero, whose order is as good
         if above.any():  # a constant map has no order
             sight = Sight(torch.ones_like(above[:, None]), partial(_imputed_outputs, one, noise))

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchloupe_adapters.quantus.asked import FEW, Sight, asked_again, evaluated, few, library, numbers, padded, seen
+from torchloupe_adapters.quantus.asked import Sight, asked_again, evaluated, library, numbers, seen
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.metrics.alike import ssim
-from torchloupe_core.metrics.case import Case
+from torchloupe_core.metrics.case import FEW, Again, Case, of_first
 from torchloupe_core.registry import method
 
 __all__ = ["efficient_mprt", "mprt", "random_logit"]
@@ -35,9 +35,14 @@ def mprt(case: Case, *, layer_order: str = "top_down", images: int = FEW) -> Ten
     """
     if layer_order not in ("top_down", "bottom_up", "independent"):
         raise BadInput(f'layer_order is "top_down", "bottom_up" or "independent"; got {layer_order!r}')
-    found = _drawn_anew(case, "MPRT", images, torch.abs, layer_order=layer_order, similarity_func=_rank_correlations)
-    layers = [alike for name, alike in found.items() if name != "original"]
-    return padded(numbers(layers).nan_to_num(0.0).mean(0), len(case))  # a constant map has nothing of the other
+    options = {"layer_order": layer_order, "similarity_func": _rank_correlations}
+
+    def judge(part: Case, _: object) -> Tensor:
+        found = _drawn_anew(part, "MPRT", torch.abs, **options)
+        layers = [alike for name, alike in found.items() if name != "original"]
+        return numbers(layers).nan_to_num(0.0).mean(0)  # a constant map has nothing of the other
+
+    return of_first(case, images, judge)
 
 
 @method(
@@ -53,7 +58,7 @@ def efficient_mprt(case: Case, *, images: int = FEW) -> Tensor:
 
     Layers as in quantus.mprt. Of the first images.
     """
-    return padded(numbers(_drawn_anew(case, "EfficientMPRT", images, lambda maps: maps)), len(case))
+    return of_first(case, images, lambda part, _: numbers(_drawn_anew(part, "EfficientMPRT", lambda maps: maps)))
 
 
 @method(
@@ -70,11 +75,12 @@ def random_logit(case: Case, *, images: int = FEW) -> Tensor:
     Of the first images, which must not all have one target. Quantus alone compares the rows of maps, one after another
     as one line, and scales both alike.
     """
-    part = few(case, images)
-    again, targets = part.again, [str(bound.target) for bound in part.query.targets]
+    return of_first(case, images, _of_two_targets)
+
+
+def _of_two_targets(part: Case, again: Again) -> Tensor:
+    targets = [str(bound.target) for bound in part.query.targets]
     known = list(dict.fromkeys(targets))
-    if again is None:
-        raise NotApplicable("a baseline has no part in the model, so there is nothing to ask again")
     if len(known) < 2:
         raise NotApplicable(f"all images have the target {known[0]}, so there is no other to ask for")
     asked = [targets.index(one) for one in known]
@@ -90,19 +96,18 @@ def random_logit(case: Case, *, images: int = FEW) -> Tensor:
         classes=[known.index(one) for one in targets],
         again=lambda inputs, chosen, _: again(inputs, [asked[one] for one in chosen]),
         num_classes=len(known),
-        seed=case.query.seed % 2**32,
+        seed=part.query.seed % 2**32,
         similarity_func=alike,
     )
-    return padded(numbers(found), len(case))
+    return numbers(found)
 
 
-def _drawn_anew(case: Case, kind: str, images: int, form: Callable[[Tensor], Tensor], **options: Any) -> Any:
-    part = few(case, images)
+def _drawn_anew(part: Case, kind: str, form: Callable[[Tensor], Tensor], **options: Any) -> Any:
     again = asked_again(part, form)
-    if not any(hasattr(one, "reset_parameters") for one in case.query.handle.module.modules()):
+    if not any(hasattr(one, "reset_parameters") for one in part.query.handle.module.modules()):
         raise NotApplicable("no layer of this model has a reset_parameters; metric randomisation draws any anew")
     sight = Sight(part.query.inputs, lambda x: torch.ones(len(x), 1))  # whose entropy Quantus asks for, and drops
-    return evaluated(part, kind, sight, form(part.maps), again=again, layers=True, seed=case.query.seed, **options)
+    return evaluated(part, kind, sight, form(part.maps), again=again, layers=True, seed=part.query.seed, **options)
 
 
 def _rank_correlations(a: Any, b: Any, **_: object) -> Any:

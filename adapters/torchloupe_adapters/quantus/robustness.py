@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torchloupe_adapters.quantus.asked import FEW, Sight, asked_again, evaluated, few, numbers, padded, seen, values_of
+from torchloupe_adapters.quantus.asked import Sight, asked_again, evaluated, numbers, seen, values_of
 from torchloupe_core.errors import BadInput
-from torchloupe_core.metrics.case import Case
+from torchloupe_core.metrics.case import FEW, Case, of_first
 from torchloupe_core.registry import method
 
 __all__ = [
@@ -104,18 +104,21 @@ def _steadiness(
     """A metric of the maps of an image and of its variants. of_norm: maps are in units of the first one's norm."""
     if n_samples < 1 or not size > 0:
         raise BadInput(f"n_samples is at least 1 and the size of changes above 0; got {n_samples}, {size}")
-    part = few(case, images)
-    unit = part.maps.flatten(1).norm(dim=1) if of_norm else part.maps.abs().flatten(1).amax(1)
-    sight = Sight(part.query.inputs, lambda x: values_of(part, x)) if outputs else seen(part)
 
-    def scaled(maps: Tensor) -> Tensor:
-        return maps / unit.clamp(min=1e-30)[:, None, None]
+    def judge(part: Case, _: object) -> Tensor:
+        unit = part.maps.flatten(1).norm(dim=1) if of_norm else part.maps.abs().flatten(1).amax(1)
+        sight = Sight(part.query.inputs, lambda x: values_of(part, x)) if outputs else seen(part)
 
-    again = asked_again(part, scaled)
-    found = evaluated(
-        part, kind, sight, scaled(part.maps), again=again, return_nan_when_prediction_changes=False, **options
-    )
-    return padded(numbers(found), len(case))
+        def scaled(maps: Tensor) -> Tensor:
+            return maps / unit.clamp(min=1e-30)[:, None, None]
+
+        again = asked_again(part, scaled)
+        found = evaluated(
+            part, kind, sight, scaled(part.maps), again=again, return_nan_when_prediction_changes=False, **options
+        )
+        return numbers(found)
+
+    return of_first(case, images, judge)
 
 
 def _evenly(radius: float) -> dict[str, Any]:

@@ -59,6 +59,23 @@ class Case:
     def __len__(self) -> int:
         return len(self.maps)
 
+    def only(self, start: int, stop: int) -> Case:
+        """The case of some of the images."""
+        some, again = slice(start, stop), self.again
+        return replace(
+            self,
+            query=self.query.only(start, stop),
+            maps=self.maps[some],
+            attributed=None if self.attributed is None else self.attributed[some],
+            again=None
+            if again is None
+            else lambda inputs, images, **more: again(inputs, [start + one for one in images], **more),
+            explained=None,
+            masks=None if self.masks is None else self.masks[some],
+            shared={},
+            place=self.place + start,
+        )
+
     def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, made once for all methods of a comparison."""
         if key not in self.shared:
@@ -89,8 +106,11 @@ class Case:
         return self.masks
 
 
-def of_first(case: Case, images: int, judge: Callable[[Tensor, Tensor, Again], Tensor]) -> Tensor:
-    """`[N]`: what `judge(maps, inputs, again)` says of the first images of the whole comparison, NaN for the others."""
+def of_first(case: Case, images: int, judge: Callable[[Case, Again], Tensor]) -> Tensor:
+    """`[N]`: what `judge` says of the case of the first images of the whole comparison, NaN for the others.
+
+    Raises `NotApplicable` for a baseline, which cannot be asked again.
+    """
     if images < 1:
         raise BadInput(f"images is how many are asked again, at least 1; got {images}")
     if case.again is None:
@@ -98,7 +118,7 @@ def of_first(case: Case, images: int, judge: Callable[[Tensor, Tensor, Again], T
     count = max(0, min(images - case.place, len(case)))
     found = torch.full((len(case),), torch.nan)
     if count:
-        found[:count] = judge(case.maps[:count], case.query.inputs[:count], case.again)
+        found[:count] = judge(case.only(0, count), case.again)
     return found
 
 

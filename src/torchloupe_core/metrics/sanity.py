@@ -77,9 +77,10 @@ def randomisation(case: Case, *, stages: int = STAGES, images: int = FEW) -> Ten
     `stages`). Of the first images.
     """
 
-    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
-        chosen, models = list(range(len(maps))), _randomised(case, stages)
-        alike = [spearman(maps.abs(), again(inputs, chosen, handle=one).abs()) for one in models]
+    def judge(part: Case, again: Again) -> Tensor:
+        inputs, chosen = part.query.inputs, list(range(len(part)))
+        maps = [again(inputs, chosen, handle=one) for one in _randomised(case, stages)]
+        alike = [spearman(part.maps.abs(), one.abs()) for one in maps]
         return torch.stack(alike).nan_to_num(0.0).mean(0)  # a constant map has nothing of the other
 
     return of_first(case, images, judge)
@@ -99,10 +100,10 @@ def randomisation_rise(case: Case, *, images: int = FEW) -> Tensor:
     The efficient form of parameter randomisation, which asks the method once. Of the first images.
     """
 
-    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+    def judge(part: Case, again: Again) -> Tensor:
         *_, last = _randomised(case, STAGES)
-        before = _entropy(maps)
-        return (_entropy(again(inputs, list(range(len(maps))), handle=last)) - before) / before
+        before = _entropy(part.maps)
+        return (_entropy(again(part.query.inputs, list(range(len(part))), handle=last)) - before) / before
 
     return of_first(case, images, judge)
 
@@ -120,12 +121,12 @@ def input_invariance(case: Case, *, shift: float = 1.0, images: int = FEW) -> Te
     So nothing has changed. shift: in units of the model's input. Of the first images.
     """
 
-    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+    def judge(part: Case, again: Again) -> Tensor:
         key = ("shifted", shift)
         if key not in case.shared:
             case.shared[key] = _shifted(case.query.handle, shift)
-        moved = again(inputs + shift, list(range(len(maps))), handle=case.shared[key])
-        gap: Tensor = (moved - maps).flatten(1).norm(dim=1) / maps.flatten(1).norm(dim=1)
+        moved = again(part.query.inputs + shift, list(range(len(part))), handle=case.shared[key])
+        gap: Tensor = (moved - part.maps).flatten(1).norm(dim=1) / part.maps.flatten(1).norm(dim=1)
         return gap
 
     return of_first(case, images, judge)
@@ -135,10 +136,10 @@ def input_invariance(case: Case, *, shift: float = 1.0, images: int = FEW) -> Te
 def seed_stability(case: Case, *, images: int = FEW) -> Tensor:
     """The rank correlation of the maps of two seeds; 1 for a method that draws nothing at random."""
 
-    def judge(maps: Tensor, inputs: Tensor, again: Again) -> Tensor:
+    def judge(part: Case, again: Again) -> Tensor:
         if case.method is not None and not case.method.random:
-            return torch.ones(len(maps))
-        return spearman(maps, again(inputs, list(range(len(maps))), seed=case.query.seed + 1))
+            return torch.ones(len(part))
+        return spearman(part.maps, again(part.query.inputs, list(range(len(part))), seed=case.query.seed + 1))
 
     return of_first(case, images, judge)
 
