@@ -286,11 +286,12 @@ def _notes(
 ) -> dict[str, list[str]]:
     """What the numbers alone do not tell: methods that are one, and methods that look past the model."""
     notes: dict[str, list[str]] = {}
-    for i, j in sorted(same):
-        pair = (names[i], names[j])
-        bare = {name.split(".")[-1].replace("gradcam", "grad_cam") for name in pair}
+    twins = {j for _, j in same}
+    for i in sorted({i for i, _ in same} - twins):
+        others = [names[j] for one, j in sorted(same) if one == i]
+        bare = {name.split(".")[-1] for name in (names[i], *others)}
         why = f"; {POOLED}" if bare <= CAMS and len(bare) > 1 else ""
-        notes.setdefault(pair[0], []).append(f"the same maps as {pair[1]} up to scale{why}")
+        notes[names[i]] = [f"the same maps as {', '.join(others)} up to scale{why}"]
     for name, (first, *_) in apart[0].items():
         difference, largest = (max(one[name][place] for one in apart) for place in (1, 2))
         notes.setdefault(name, []).append(

@@ -79,6 +79,33 @@ def test_two_names_of_one_map_are_said_to_be_one(found: tl.Comparison) -> None:
     assert "grad_cam" not in found.notes and found.agreement[0, 0, 1] == pytest.approx(1)
 
 
+@pytest.mark.slow
+def test_every_method_that_reads_a_layer_or_shares_out_beats_all_that_knows_nothing() -> None:
+    """On insertion, deletion and pointing, the intervals apart; and what does not hold for slopes alone."""
+    scenes = tl.demo_scenes(64, seed=5)
+    good = ["cam", "layer_cam", "grad_cam++", "eigen_cam", "ablation_cam", "guided_grad_cam", "guided_backprop"]
+    good += ["integrated_gradients", "deep_lift", "occlusion", "feature_ablation"]
+    worse = {"saliency": {"pointing"}, "input_x_gradient": {"insertion", "deletion"}}
+    worse["deconvolution"] = {"insertion", "deletion", "pointing"}
+    options: dict[str, Any] = {"integrated_gradients": {"steps": 16}, "occlusion": {"window": 12, "stride": 8}}
+    options |= {"insertion": {"step": 256}, "deletion": {"step": 256}}
+    found = tl.compare(
+        "demo",
+        scenes.images,
+        methods=[*good, *worse],
+        metrics=["insertion", "deletion", "pointing"],
+        masks=scenes.masks[:, 0],
+        options=options,
+        progress=False,
+    )
+    for row in found.rows:
+        if row.method not in FLOORS:
+            lacking = worse.get(row.method.removeprefix("captum."), set())
+            assert (set(row.beats) == set(FLOORS)) == (row.metric not in lacking), (row.method, row.metric)
+    (note,) = found.notes["cam"]
+    assert note.startswith("the same maps as grad_cam") is False and "cam" in found.notes
+
+
 def test_a_method_that_looks_past_the_model_is_named(found: tl.Comparison) -> None:
     (note,) = found.notes["captum.guided_backprop"]
     assert note.startswith("hardly looks at the model")
