@@ -61,7 +61,7 @@ class Row:
         value = "" if self.value is None else f"{self.value:.3f} {self.unit}"
         aim = "" if self.goal is None else f"goal {'>=' if self.least else '<='} {self.goal:g}"
         kept = {True: "ok", False: "MISSED", None: ""}[self.kept]
-        return f"{self.name:60} {value:20} {aim:14} {kept:6} {self.note}".rstrip()
+        return f"{self.name:72} {value:20} {aim:14} {kept:6} {self.note}".rstrip()
 
 
 Rows = Iterator[Row]
