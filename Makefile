@@ -1,12 +1,15 @@
 # make demo   installs into .venv and explains the embedded model: out/demo/index.html
 # make test   installs into .venv and runs every test
 # make lint   ruff, mypy and the import rule
+# make bench  installs into .venv and runs every benchmark, about three hours: benchmarks/RESULTS.md. Some of them, or the
+#             rows whose name begins so: make bench BENCH="explain compare visualize:cost". Peers take part where they are
+#             installed: .venv/bin/python -m pip install -c constraints.txt -e '.[peers]' and, for one row, quantus
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/torchloupe demo --out out/demo
@@ -19,6 +22,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout_of_tree.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf .venv out .pytest_cache .mypy_cache .ruff_cache

@@ -9,16 +9,15 @@ drawn, as the page itself takes them, in headless Chromium, each time in a fresh
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import Row, Rows, asked, in_turn, run
 from torch import Tensor
 
 import torchloupe as tl
@@ -31,22 +30,6 @@ POINTS, TILES = 50_000, 2_000
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of row names")
-    names = parser.parse_args().names
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one core; medians of seconds\n")
-    for rows in (nearest, grid, page):
-        if not names or any(rows.__name__.startswith(name) for name in names):
-            for name, seconds, goal, rest in rows():
-                state = "" if goal is None else f"goal {goal:<5} {'ok  ' if seconds <= goal else 'OVER'}"
-                print(f"{name:56} {seconds:8.3f}  {state} {rest}", flush=True)
-
-
-Rows = Iterator[tuple[str, float, float | None, str]]
-
-
 def nearest() -> Rows:
     """The library's own call, features in memory; against torch's product and top k in single precision."""
     generator = torch.Generator().manual_seed(0)
@@ -55,27 +38,30 @@ def nearest() -> Rows:
     found.lengths  # noqa: B018  (found once, as part of loading)
     for count in (1, 100):
         queries = torch.randn(count, DIMS, generator=generator)
-        asked = FeatureSet(queries, torch.arange(count), torch.full((count,), -1), layer="fc.in")
+        query = FeatureSet(queries, torch.arange(count), torch.full((count,), -1), layer="fc.in")
         for metric in ("cosine", "l2"):
-            seconds = _median(lambda asked=asked, metric=metric: tl.neighbors(None, asked, found, k=K, metric=metric))
-            rough = _median(lambda queries=queries: (queries @ vectors.T).topk(K))
-            name = f"nearest {K} of {VECTORS:,} x {DIMS}, {count} queries, {metric}"
-            yield name, seconds, 0.05 if count == 1 else None, f"torch's float32 top k {rough:.3f}"
+            exact, rough = in_turn(
+                lambda query=query, metric=metric: tl.neighbors(None, query, found, k=K, metric=metric),
+                lambda queries=queries: (queries @ vectors.T).topk(K),
+                rounds=9,
+            )
+            name, note = f"{count} queries, {metric}", f"torch's float32 top k {statistics.median(rough):.3f}"
+            yield Row(name, statistics.median(exact), "s", 0.05 if count == 1 else None, note=note)
 
 
 def grid() -> Rows:
     """Points in a dozen groups, which is harder than points spread evenly."""
     for count in (TILES // 2, TILES):
         found = _embedding(_groups(count))
-        seconds = _median(found.grid, rounds=3)
-        yield f"grid of {count:,} images", seconds, 10.0 if count == TILES else None, ""
+        (taken,) = in_turn(found.grid, rounds=3)
+        yield Row(f"{count:,} images", statistics.median(taken), "s", 10 if count == TILES else None)
 
 
 def page() -> Rows:
     """With a picture for every point, two columns besides the label, and a name for every image."""
     path = shutil.which("chromium")
     if path is None:
-        print("page: no chromium is installed", file=sys.stderr)
+        yield Row("", None, note="chromium is not installed")
         return
     from playwright.sync_api import sync_playwright
 
@@ -86,9 +72,10 @@ def page() -> Rows:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         begun = time.perf_counter()
         written = found.html(Path(folder) / "page.html", columns=columns)
-        yield f"page of {POINTS:,} points, written", time.perf_counter() - begun, None, _size(written)
+        taken = time.perf_counter() - begun
+        yield Row("written", taken, "s", note=f"{written.stat().st_size / 1e6:.1f} MB")
         browser = driver.chromium.launch(executable_path=path, args=FLAGS)
-        ready, asked, said = [], 0, 0
+        ready, requests, said = [], 0, 0
         for _ in range(7):
             context = browser.new_context(viewport={"width": 1400, "height": 900})
             urls: list[str] = []
@@ -101,21 +88,12 @@ def page() -> Rows:
             ready.append(float(shown.evaluate("document.documentElement.dataset.ready")) / 1000)
             shown.keyboard.press("n")  # which decodes a picture
             shown.wait_for_selector("#card canvas", state="visible")
-            asked += sum(not url.startswith("data:") for url in urls) - 1  # the page itself
+            requests += sum(not url.startswith("data:") for url in urls) - 1  # the page itself
             said += len(texts)
             context.close()
         browser.close()
-        yield f"page of {POINTS:,} points, ready", statistics.median(ready), 1.5, f"{asked} requests, {said} complaints"
-
-
-def _median(work: Callable[[], object], rounds: int = 9) -> float:
-    work()
-    times = []
-    for _ in range(rounds):
-        begun = time.process_time()
-        work()
-        times.append(time.process_time() - begun)
-    return statistics.median(times)
+        note = f"{requests} requests, {said} complaints"
+        yield Row("ready", statistics.median(ready), "s", 1.5, note=note)
 
 
 def _groups(count: int) -> Tensor:
@@ -134,9 +112,11 @@ def _embedding(points: Tensor, data: object = None) -> Embedding:
     return Embedding(**{**vars(found), **facts})
 
 
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
-
+PARTS: dict[str, Callable[[], Rows]] = {
+    f"nearest {K} of {VECTORS:,} x {DIMS}": nearest,
+    "grid": grid,
+    f"page of {POINTS:,} points": page,
+}
 
 if __name__ == "__main__":
-    main()
+    run(PARTS, asked(__doc__))

@@ -1,304 +1,271 @@
-"""What attribution costs beyond the passes it needs: ratios of times taken in turn, on one core.
+"""What attribution costs beyond the passes it needs, and beside other libraries: ratios of times, on one core.
 
-    python benchmarks/explain.py                  every row, about 10 minutes
+    python benchmarks/explain.py                  every row, about a quarter of an hour
     python benchmarks/explain.py cam saliency     the rows whose name begins so
+    python benchmarks/explain.py against          other libraries, called as their own instructions say
 
 Rollout reads attention matrices that the bare pass, with fused attention, never writes down.
 
 Each row is the median of `ours / bare` over rounds in which both run once, so that a change of the machine's speed hits
 both. F is one forward pass, FB a forward and backward pass to the input with frozen parameters. Memory is the
 growth of the process's peak over what it held before, in a fresh process for each side. Weights are random: costs do
-not depend on them.
+not depend on them. Other libraries get a model as it is loaded, with parameters that want gradients, and so do we
+there; where theirs enlarges the maps to the images, so do we.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import torchvision
+from measuring import Row, Rows, Work, asked, grown, memory, ratio, run
+from networks import BATCH, CLASS, SIZE, backward, forward, network, noise
 from torch import Tensor, nn
 
 import torchloupe as tl
 
-CLASS = 207
-BATCH = 8
-Work = Callable[[], object]
+FAMILY = ("cam", "grad_cam", "grad_cam++", "xgrad_cam", "hires_cam", "layer_cam", "eigen_cam")
+GRADIENTS = {"saliency": 1.1, "input_x_gradient": 1.1, "guided_backprop": 1.1, "guided_grad_cam": 1.2}
+SEGMENTS = (torch.arange(SIZE) * 50 // SIZE).expand(SIZE, SIZE)  # vertical strips
+SAMPLES = 128
 
 
-@dataclass
-class Row:
-    """Two pieces of work to time against each other, and the ratio to stay below; what the unit of the ratio is."""
-
-    name: str
-    goal: float
-    unit: str
-    pair: Callable[[], tuple[Work, Work]]
-    rounds: int = 5
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of row names")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # one measurement in this fresh process
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.memory:
-        print(json.dumps(_grown(MEMORY[arguments.memory]())))
-        return
-    chosen = [row for row in ROWS if _asked(row.name, arguments.names)]
-    print(f"torch {torch.__version__}, one core; medians of ours / bare\n")
-    for row in chosen:
-        ratio, low, high = _ratio(row)
-        _report(row.name, ratio, row.goal, f"{row.unit}  ({low:.3f} to {high:.3f})")
-    for name, ours, bare, goal in MEMORY_ROWS:
-        if _asked(name, arguments.names):
-            grown, against = _fresh(ours), _fresh(bare)
-            _report(name, grown / against, goal, f"{grown / 2**20:.0f} MiB against {against / 2**20:.0f} MiB")
-    for name, difference in ERRORS.items():
-        if _asked(name, arguments.names):
-            print(f"{name:44} {difference()}")
-
-
-def _asked(name: str, beginnings: list[str]) -> bool:
-    return not beginnings or any(name.startswith(one) for one in beginnings)
-
-
-def _report(name: str, ratio: float, goal: float, rest: str) -> None:
-    print(f"{name:44} {ratio:7.3f}  goal {goal:<5} {'ok  ' if ratio <= goal else 'OVER'} {rest}", flush=True)
-
-
-def _ratio(row: Row) -> tuple[float, float, float]:
-    """Median, least and largest of ours / bare."""
-    ours, bare = row.pair()
-    ours(), bare()
-    ratios = []
-    for turn in range(row.rounds):
-        first, second = (ours, bare) if turn % 2 == 0 else (bare, ours)
-        times = {work: _seconds(work) for work in (first, second)}
-        ratios.append(times[ours] / times[bare])
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
-def _seconds(work: Work) -> float:
-    begun = time.process_time()
-    work()
-    return time.process_time() - begun
-
-
-# -- what is measured -------------------------------------------------------------------------------------------------
-
-
-def _model(name: str = "resnet50") -> nn.Module:
-    torch.manual_seed(0)
-    module: nn.Module = getattr(torchvision.models, name)(weights=None).eval()
-    return module.requires_grad_(False)
-
-
-def _images(n: int = BATCH) -> Tensor:
-    return torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-
-
-def _explaining(module: nn.Module, images: Tensor, method: str, **options: Any) -> Work:
+def explaining(module: nn.Module, images: Tensor, method: str, **options: Any) -> Callable[[], tl.Attribution]:
     handle = tl.wrap(module)
     return lambda: tl.explain(handle, images, target=CLASS, method=method, progress=False, **options)
 
 
-def _forward(module: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = module(images)
-        return logits
+# -- beside bare passes -----------------------------------------------------------------------------------------------
 
 
-def _backward(module: nn.Module, images: Tensor) -> Tensor:
-    inputs = images.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(module(inputs)[:, CLASS].sum(), inputs)
-    return gradient
+def against_forward(method: str) -> Rows:
+    module, images = network(), noise()
+    yield ratio(explaining(module, images, method), lambda: forward(module, images), unit="F", goal=1.1)
 
 
-def _against_forward(method: str, **options: Any) -> tuple[Work, Work]:
-    module, images = _model(), _images()
-    return _explaining(module, images, method, **options), lambda: _forward(module, images)
+def against_backward(method: str, goal: float) -> Rows:
+    module, images = network(), noise()
+    yield ratio(explaining(module, images, method), lambda: backward(module, images), unit="FB", goal=goal)
 
 
-def _against_backward(method: str, **options: Any) -> tuple[Work, Work]:
-    module, images = _model(), _images()
-    return _explaining(module, images, method, **options), lambda: _backward(module, images)
+def tokens(method: str, bare: Callable[[nn.Module, Tensor], Tensor], **rest: Any) -> Rows:
+    module, images = network("vit_b_16"), noise(4)
+    yield ratio(explaining(module, images, method), lambda: bare(module, images), **rest)
 
 
-def _path(steps: int = 32) -> tuple[Work, Work]:
+def channels() -> Rows:
+    module, image = network("resnet18"), noise(1)
+    yield ratio(explaining(module, image, "ablation_cam"), lambda: forward(module, image), unit="F", goal=5)
+
+
+def path(steps: int = 32) -> Rows:
     """Integrated gradients of one image against the bare loop at the same batch size."""
-    module, image = _model(), _images(1)
+    module, image = network(), noise(1)
 
     def bare() -> None:
         for start in range(0, steps, BATCH):
             scale = torch.arange(start, min(start + BATCH, steps)).add(0.5).div(steps)
-            _backward(module, image * scale[:, None, None, None])
+            backward(module, image * scale[:, None, None, None])
 
-    return _explaining(module, image, "integrated_gradients", steps=steps, batch_size=BATCH), bare
-
-
-def _channels() -> tuple[Work, Work]:
-    module, image = _model("resnet18"), _images(1)
-    return _explaining(module, image, "ablation_cam"), lambda: _forward(module, image)
+    ours = explaining(module, image, "integrated_gradients", steps=steps, batch_size=BATCH)
+    yield ratio(ours, bare, unit="of the loop", goal=1.05)
 
 
-def _masked(method: str, n: int, **options: Any) -> tuple[Work, Work]:
+def masked(method: str, goal: float, n: int = SAMPLES, **options: Any) -> Rows:
     """A perturbation method against n bare forward passes in the same batches."""
-    module, image = _model(), _images(1)
-    batch = _images(BATCH)
+    module = network()
+    ours = explaining(module, noise(1), method, batch_size=BATCH, **options)
+    yield ratio(ours, forwards(module, n), unit="of its forwards", goal=goal)
+
+
+def all_classes() -> Rows:
+    """RISE with the outputs kept, and then the map of another class from them."""
+    module = network()
+    ours = explaining(module, noise(1), "rise", n_masks=SAMPLES, classes=True, batch_size=BATCH)
+    yield ratio(lambda: ours().of(CLASS + 1), forwards(module, SAMPLES), unit="of its forwards", goal=1.05)
+
+
+def forwards(module: nn.Module, n: int) -> Work:
+    batch = noise(BATCH)
 
     def bare() -> None:
         for start in range(0, n, BATCH):
-            _forward(module, batch[: min(BATCH, n - start)])
+            forward(module, batch[: min(BATCH, n - start)])
 
-    return _explaining(module, image, method, batch_size=BATCH, **options), bare
-
-
-def _all_classes(n: int) -> tuple[Work, Work]:
-    """RISE with the outputs kept, and then the map of another class from them."""
-    module, image = _model(), _images(1)
-    handle = tl.wrap(module)
-    _, bare = _masked("rise", n, n_masks=n)
-
-    def ours() -> object:
-        options = {"n_masks": n, "classes": True, "batch_size": BATCH, "progress": False}
-        return tl.explain(handle, image, target=CLASS, method="rise", **options).of(CLASS + 1)
-
-    return ours, bare
+    return bare
 
 
-def _precision(method: str) -> tuple[Work, Work]:
-    """The fast copy against the exact model."""
-    module, images = _model(), _images()
+def precision(method: str) -> Rows:
+    """The fast copy against the exact model, and how far its map lies from the exact one's."""
+    module, images = network(), noise()
     fast = tl.wrap(module).to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    return (
-        lambda: tl.explain(fast, images, target=CLASS, method=method),
-        _explaining(module, images, method),
-    )
+    works = (lambda: tl.explain(fast, images, target=CLASS, method=method), explaining(module, images, method))
+    yield ratio(*works, unit="of float32", goal=0.5)
+    quick, exact = (work().values.flatten(1) for work in works)
+    apart = (quick - exact).norm(dim=1) / exact.norm(dim=1)
+    yield Row("apart", apart.mean().item(), "of the exact map's norm")
 
 
-def _error(method: str) -> str:
-    module, images = _model(), _images()
-    fast, exact = (work() for work in _precision(method))
-    del module, images
-    apart = (fast.values - exact.values).flatten(1).norm(dim=1) / exact.values.flatten(1).norm(dim=1)
-    return f"{apart.mean():.2g} of the exact map's norm apart"
+# -- beside other libraries -------------------------------------------------------------------------------------------
 
 
-def _segments(n: int) -> Tensor:
-    """n vertical strips."""
-    return (torch.arange(224) * n // 224).expand(224, 224)
+def loaded(name: str = "resnet18") -> nn.Module:
+    return network(name).requires_grad_(True)
 
 
-FAMILY = ("cam", "grad_cam", "grad_cam++", "xgrad_cam", "hires_cam", "layer_cam", "eigen_cam")
+def library(name: str) -> Rows:
+    """pytorch-grad-cam, with its resizing; its masks of channels are for one image, 512 of them."""
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-ROWS = [
-    *(Row(name, 1.1, "F", lambda name=name: _against_forward(name)) for name in FAMILY),
-    Row("attention_rollout (vit_b_16)", 1.5, "F", lambda: _tokens("attention_rollout", _forward)),
-    Row("attention_relevance (vit_b_16)", 1.1, "FB", lambda: _tokens("attention_relevance", _backward)),
-    Row("ablation_cam, 512 channels (resnet18)", 5, "F", _channels),
-    Row("saliency", 1.1, "FB", lambda: _against_backward("saliency")),
-    Row("input_x_gradient", 1.1, "FB", lambda: _against_backward("input_x_gradient")),
-    Row("guided_backprop", 1.1, "FB", lambda: _against_backward("guided_backprop")),
-    Row("guided_grad_cam", 1.2, "FB", lambda: _against_backward("guided_grad_cam")),
-    Row("integrated_gradients, 32 steps", 1.05, "of the loop", _path),
-    Row("rise, one class", 1.01, "of its forwards", lambda: _masked("rise", 128, n_masks=128)),
-    Row("rise, all classes", 1.05, "of its forwards", lambda: _all_classes(128)),
-    Row("lime", 1.03, "of its forwards", lambda: _masked("lime", 128, n_samples=128, segments=_segments(50))),
-    Row(
-        "kernel_shap",
-        1.03,
-        "of its forwards",
-        lambda: _masked("kernel_shap", 128, n_samples=128, segments=_segments(50)),
-    ),
-    Row("occlusion", 1.03, "of its forwards", lambda: _masked("occlusion", 257, window=28, stride=14)),
-    *(
-        Row(f"bfloat16 and channels_last, {name}", 0.5, "of float32", lambda name=name: _precision(name))
-        for name in ("grad_cam", "saliency")
-    ),
-]
+    kind = {"grad_cam": "GradCAM", "ablation_cam": "AblationCAM", "score_cam": "ScoreCAM"}[name]
+    one, other = loaded(), loaded()
+    images = noise(BATCH if name == "grad_cam" else 1)
+    ours = explaining(one, images, name)
 
-ERRORS = {f"bfloat16 and channels_last, {name}": lambda name=name: _error(name) for name in ("grad_cam", "saliency")}
+    def theirs() -> None:
+        with getattr(pytorch_grad_cam, kind)(model=other, target_layers=[other.layer4[-1]]) as cam:
+            cam(input_tensor=images, targets=[ClassifierOutputTarget(CLASS)] * len(images))
+
+    yield ratio(lambda: ours().upsample(), theirs, rounds=5 if name == "grad_cam" else 1)
 
 
-def _tokens(method: str, bare: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Work, Work]:
-    module, images = _model("vit_b_16"), _images(4)
-    return _explaining(module, images, method), lambda: bare(module, images)
+def torch_cam() -> Rows:
+    from torchcam.methods import GradCAM
+
+    one, other, images = loaded(), loaded(), noise()
+
+    def theirs() -> None:
+        with GradCAM(other, "layer4") as extractor:
+            extractor(CLASS, other(images))
+
+    yield ratio(explaining(one, images, "grad_cam"), theirs)
+
+
+def captum_grad_cam() -> Rows:
+    from captum.attr import LayerGradCam
+
+    one, other, images = loaded(), loaded(), noise()
+    theirs = LayerGradCam(other, other.layer4)
+    yield ratio(explaining(one, images, "grad_cam"), lambda: theirs.attribute(images, target=CLASS))
+
+
+def captum_path() -> Rows:
+    from captum.attr import IntegratedGradients
+
+    one, other, image = loaded(), loaded(), noise(1)
+    theirs = IntegratedGradients(other)
+    ours = explaining(one, image, "integrated_gradients", steps=32, batch_size=BATCH)
+    bare = lambda: theirs.attribute(image, target=CLASS, n_steps=32, internal_batch_size=BATCH)  # noqa: E731
+    yield ratio(ours, bare, rounds=3)
+
+
+def lime_image() -> Rows:
+    from lime.lime_image import LimeImageExplainer
+
+    one, other, image = loaded(), loaded(), noise(1)
+    picture = image[0].permute(1, 2, 0).double().numpy()
+
+    def predict(pictures: Any) -> Any:
+        return forward(other, torch.from_numpy(pictures).permute(0, 3, 1, 2).float()).softmax(1).numpy()
+
+    def theirs() -> None:
+        LimeImageExplainer(random_state=0).explain_instance(
+            picture,
+            predict,
+            top_labels=1,
+            hide_color=0,
+            num_samples=SAMPLES,
+            batch_size=BATCH,
+            segmentation_fn=lambda _: SEGMENTS.numpy(),
+        )
+
+    ours = explaining(one, image, "lime", n_samples=SAMPLES, segments=SEGMENTS, batch_size=BATCH)
+    yield ratio(ours, theirs, rounds=2)
+
+
+def shap_partition() -> Rows:
+    import shap
+
+    one, other, image = loaded(), loaded(), noise(1)
+    picture = image[0].permute(1, 2, 0).numpy()
+    predict = lambda x: forward(other, torch.from_numpy(x).permute(0, 3, 1, 2).float()).numpy()  # noqa: E731
+    explainer = shap.Explainer(predict, shap.maskers.Image(0, picture.shape))
+    ours = explaining(one, image, "kernel_shap", n_samples=SAMPLES, segments=SEGMENTS, batch_size=BATCH)
+    theirs = partial(explainer, picture[None], max_evals=SAMPLES, batch_size=BATCH, outputs=[CLASS], silent=True)
+    yield ratio(ours, theirs, rounds=2)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _grown(work: Work) -> int:
-    """By how many bytes a piece of work raises the process's peak. Linux only: the peak is reset first."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _kilobytes("VmRSS")
-    work()
-    return (_kilobytes("VmHWM") - before) * 1024
-
-
-def _kilobytes(field: str) -> int:
-    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
-    return int(line.split()[1])
-
-
-def _fresh(name: str) -> int:
-    """The same in a new process."""
-    found = subprocess.run([sys.executable, __file__, "--memory", name], check=True, capture_output=True, text=True)
-    return int(json.loads(found.stdout))
-
-
-def _captum_grad_cam() -> Work:
+def captum_in_memory() -> int:
     from captum.attr import LayerGradCam
 
-    module, images = _model().requires_grad_(True), _images(16)  # as a model is loaded
-    _forward(module, images[:1])
+    module, images = loaded("resnet50"), noise(16)
+    forward(module, images[:1])
     method = LayerGradCam(module, module.layer4)
-    return lambda: method.attribute(images, target=CLASS)
+    return grown(lambda: method.attribute(images, target=CLASS))
 
 
-def _own(method: str) -> Work:
-    module, images = _model(), _images(16)
-    _forward(module, images[:1])
-    tl.wrap(module).trace((3, 224, 224))
-    return _explaining(module, images, method, batch_size=16)
+def own_in_memory(method: str) -> int:
+    module, images = network(), noise(16)
+    forward(module, images[:1])
+    tl.wrap(module).trace((3, SIZE, SIZE))
+    return grown(explaining(module, images, method, batch_size=16))
 
 
-class _Tiny(nn.Module):
+class Tiny(nn.Module):
     """So small that the masks, not the activations, would fill the memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
 
 
-def _rise(n: int) -> Work:
-    handle = tl.wrap(_Tiny(), input_size=(3, 224, 224))
-    tl.explain(handle, _images(1), target=1, method="rise", n_masks=64, batch_size=BATCH)
-    return lambda: tl.explain(handle, _images(1), target=1, method="rise", n_masks=n, batch_size=BATCH)
+def rise_in_memory(n: int) -> int:
+    handle = tl.wrap(Tiny(), input_size=(3, SIZE, SIZE))
+    options = {"target": 1, "method": "rise", "batch_size": BATCH, "progress": False}
+    tl.explain(handle, noise(1), n_masks=64, **options)
+    return grown(lambda: tl.explain(handle, noise(1), n_masks=n, **options))
 
 
-MEMORY: dict[str, Callable[[], Work]] = {
-    **{name: lambda name=name: _own(name) for name in FAMILY},
-    "captum": _captum_grad_cam,
-    "rise 500": lambda: _rise(500),
-    "rise 8000": lambda: _rise(8000),
+def growth(ours: str, bare: str, goal: float) -> Rows:
+    yield memory(ours, bare, goal=goal)
+
+
+APART = {
+    **{name: partial(own_in_memory, name) for name in FAMILY},
+    "captum": captum_in_memory,
+    "rise 500": partial(rise_in_memory, 500),
+    "rise 8000": partial(rise_in_memory, 8000),
 }
-MEMORY_ROWS = [
-    *((f"memory, {name} against captum's Grad-CAM", name, "captum", 0.5) for name in FAMILY),
-    ("memory, rise of 8000 masks against 500", "rise 8000", "rise 500", 1.1),
-]
+STRIPS = {"n_samples": SAMPLES, "segments": SEGMENTS}
+PARTS: dict[str, Callable[[], Rows]] = {
+    **{name: partial(against_forward, name) for name in FAMILY},
+    "attention_rollout (vit_b_16)": partial(tokens, "attention_rollout", forward, unit="F", goal=1.5),
+    "attention_relevance (vit_b_16)": partial(tokens, "attention_relevance", backward, unit="FB", goal=1.1),
+    "ablation_cam, 512 channels (resnet18)": channels,
+    **{name: partial(against_backward, name, goal) for name, goal in GRADIENTS.items()},
+    "integrated_gradients, 32 steps": path,
+    "rise, one class": partial(masked, "rise", 1.01, n_masks=SAMPLES),
+    "rise, all classes": all_classes,
+    "lime": partial(masked, "lime", 1.03, **STRIPS),
+    "kernel_shap": partial(masked, "kernel_shap", 1.03, **STRIPS),
+    "occlusion": partial(masked, "occlusion", 1.03, n=257, window=28, stride=14),
+    **{f"bfloat16 and channels_last, {name}": partial(precision, name) for name in ("grad_cam", "saliency")},
+    "against pytorch-grad-cam: grad_cam, 8 images (resnet18)": partial(library, "grad_cam"),
+    "against pytorch-grad-cam: ablation_cam (resnet18)": partial(library, "ablation_cam"),
+    "against pytorch-grad-cam: score_cam (resnet18)": partial(library, "score_cam"),
+    "against torch-cam: grad_cam, 8 images (resnet18)": torch_cam,
+    "against captum: grad_cam, 8 images (resnet18)": captum_grad_cam,
+    "against captum: integrated_gradients, 32 steps (resnet18)": captum_path,
+    "against lime: lime of 128 samples (resnet18)": lime_image,
+    "against shap: kernel_shap of 128 samples, its partition of as many (resnet18)": shap_partition,
+    **{f"memory, {name} against captum's Grad-CAM": partial(growth, name, "captum", 0.5) for name in FAMILY},
+    "memory, rise of 8000 masks against 500": partial(growth, "rise 8000", "rise 500", 1.1),
+}
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()
+    run(PARTS, asked(__doc__), APART)

@@ -10,18 +10,14 @@ layer with a map of every convolutional network of torchvision's, at 224 pixels;
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
-import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torchvision
-from explain import BATCH, Row, Work, _asked, _grown, _images, _model, _ratio, _report
+from measuring import Row, Rows, asked, grown, memory, ratio, run, seconds
+from networks import BATCH, network, noise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -49,62 +45,42 @@ STATISTICS: dict[str, tuple[float, Callable[[], list[Any]]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of row names")
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)  # one measurement in this fresh process
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.memory:
-        print(json.dumps(_grown(_tiny(arguments.memory))))
-        return
-    print(f"torch {torch.__version__}, one core; medians of scan / bare forward passes over the same loader\n")
-    for name, (goal, make) in STATISTICS.items():
-        if _asked(name, arguments.names):
-            ratio, low, high = _ratio(Row(name, goal, "", lambda make=make: _pair(make)))
-            _report(name, ratio, goal, f"({low:.3f} to {high:.3f})")
-    if _asked("receptive fields", arguments.names):
-        seconds, slowest, count = _slowest_fields()
-        print(f"{f'receptive fields, slowest of {count} networks':58s} {seconds:.2f} s (goal 5), {slowest}")
-    if _asked("memory", arguments.names):
-        few, many = _fresh(1_000), _fresh(50_000)
-        _report("memory, 50,000 images against 1,000", many / few, 1.1, f"{many / 2**20:.1f}, {few / 2**20:.1f} MiB")
-
-
-def _slowest_fields() -> tuple[float, str, int]:
-    """Seconds for the receptive fields of the slowest network, its name, and how many there are."""
-    names = torchvision.models.list_models(module=torchvision.models)
-    names = [name for name in names if not name.startswith(("vit_", "swin_", "maxvit_"))]
-    seconds = {}
-    for name in names:
-        options = {"init_weights": False} if name in SLOW_TO_MAKE else {}
-        with torch.device("cpu" if name.startswith("regnet") else "meta"):  # a regnet works its widths out in tensors
-            module = torchvision.models.get_model(name, weights=None, **options)
-        module = module.to_empty(device="cpu").eval()
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.detach().zero_()
-        handle = tl.wrap(module)
-        layer = [one.name for one in handle.layers.values() if one.spatial][-1]
-        begun = time.process_time()
-        fields(handle, layer)
-        seconds[name] = time.process_time() - begun
-    slowest = max(seconds, key=seconds.__getitem__)
-    return seconds[slowest], slowest, len(names)
-
-
-def _pair(make: Callable[[], list[Any]]) -> tuple[Work, Work]:
-    module = _model("resnet18")
-    handle, loader = tl.wrap(module), DataLoader(TensorDataset(_images(IMAGES)), BATCH)
+def beside_bare_passes(goal: float, make: Callable[[], list[Any]]) -> Rows:
+    module = network("resnet18")
+    handle, loader = tl.wrap(module), DataLoader(TensorDataset(noise(IMAGES)), BATCH)
 
     def bare() -> None:
         with torch.no_grad():
             for (inputs,) in loader:
                 module(inputs)
 
-    return lambda: scan(handle, open_data(loader, handle.spec), {layer: make() for layer in LAYERS}), bare
+    def ours() -> None:
+        scan(handle, open_data(loader, handle.spec), {layer: make() for layer in LAYERS})
+
+    yield ratio(ours, bare, goal=goal)
 
 
-class _Noise(Dataset[Tensor]):
+def slowest_fields() -> Rows:
+    names = torchvision.models.list_models(module=torchvision.models)
+    taken = {name: field_seconds(name) for name in names if not name.startswith(("vit_", "swin_", "maxvit_"))}
+    slowest = max(taken, key=taken.__getitem__)
+    yield Row("", taken[slowest], "s", 5, note=f"{slowest}, of {len(taken)} networks")
+
+
+def field_seconds(name: str) -> float:
+    """For the receptive fields of one network."""
+    options = {"init_weights": False} if name in SLOW_TO_MAKE else {}
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # a regnet works its widths out in tensors
+        module = torchvision.models.get_model(name, weights=None, **options)
+    module = module.to_empty(device="cpu").eval()
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.detach().zero_()
+    handle = tl.wrap(module)
+    layer = [one.name for one in handle.layers.values() if one.spatial][-1]
+    return seconds(lambda: fields(handle, layer))
+
+
+class Noise(Dataset[Tensor]):
     """Images made when asked for."""
 
     def __init__(self, n: int) -> None:
@@ -117,24 +93,23 @@ class _Noise(Dataset[Tensor]):
         return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index))
 
 
-def _tiny(n: int) -> Work:
-    """Every statistic that does not grow, of a model so small that its own memory hides nothing."""
+def growth(n: int) -> int:
+    """Of every statistic that does not grow, of a model so small that its own memory hides nothing."""
     handle = tl.wrap(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten()).eval(), input_size=(3, 16, 16))
-
     handle.trace()
-
-    def work() -> None:
-        statistics = [Top(9), Sampled(256), Moments(covariance=True), Histogram(), Quantiles(512)]
-        scan(handle, open_data(_Noise(n), handle.spec), {"1": statistics}, batch_size=32)
-
-    return work
+    statistics = [Top(9), Sampled(256), Moments(covariance=True), Histogram(), Quantiles(512)]
+    return grown(lambda: scan(handle, open_data(Noise(n), handle.spec), {"1": statistics}, batch_size=32))
 
 
-def _fresh(n: int) -> int:
-    found = subprocess.run([sys.executable, __file__, "--memory", str(n)], check=True, capture_output=True, text=True)
-    return int(json.loads(found.stdout))
+def growths() -> Rows:
+    yield memory("50000", "1000", goal=1.1)
 
+
+PARTS: dict[str, Callable[[], Rows]] = {
+    **{name: partial(beside_bare_passes, *one) for name, one in STATISTICS.items()},
+    "receptive fields, slowest network": slowest_fields,
+    "memory, 50,000 images against 1,000": growths,
+}
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()
+    run(PARTS, asked(__doc__), {str(n): partial(growth, n) for n in (1_000, 50_000)})
