@@ -102,8 +102,6 @@ def test_every_method_that_reads_a_layer_or_shares_out_beats_all_that_knows_noth
         if row.method not in FLOORS:
             lacking = worse.get(row.method.removeprefix("captum."), set())
             assert (set(row.beats) == set(FLOORS)) == (row.metric not in lacking), (row.method, row.metric)
-    (note,) = found.notes["cam"]
-    assert note.startswith("the same maps as grad_cam") is False and "cam" in found.notes
 
 
 def test_a_method_that_looks_past_the_model_is_named(found: tl.Comparison) -> None:
@@ -236,10 +234,13 @@ def test_maps_that_are_one_are_judged_once(scenes: Any) -> None:
         found = tl.compare(model, scenes.images[:5], methods=methods, **asked)
         forwards.append(model.forwards)
         if "grad_cam" in methods:
+            assert found.notes["cam"][0].startswith("the same maps as grad_cam up to scale; on a layer")
             assert torch.equal(found.values[0], found.values[1])
     one, alike, apart = torch.tensor(forwards).diff().tolist()
     assert alike - one == 6  # of the method itself, once about one image before
     assert apart - one == 6 + 5 * 65
+    named = tl.compare(model, scenes.images[:2], methods=["hires_cam", "cam", "grad_cam"], metrics=["sparsity"])
+    assert list(named.notes) == ["hires_cam"] and "as cam, grad_cam up to scale" in named.notes["hires_cam"][0]
 
 
 def test_passes_are_counted(scenes: Any) -> None:
