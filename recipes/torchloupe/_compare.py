@@ -61,7 +61,7 @@ def compare(
     layer: object = None,
     seed: int = 0,
     batch_size: int | None = None,
-    memory: bool = False,
+    memory: bool | None = None,
     store: str | os.PathLike[str] | None = None,
     engine: str | None = None,
     resume: bool = True,
@@ -78,8 +78,8 @@ def compare(
     logit; where a logit is explained, its probability is scored. masks: where the object is, `[N, H, W]` bool, or a
     folder of pictures named like the images, white where it is. across: "backends" adds each method as every other
     backend that is installed has it, and notes how far their raw maps lie apart. options: by the name of a method or
-    metric, as `{"rise": {"n_masks": 500}, "deletion": {"step": 8}}`. layer: for methods that read one. memory: measures
-    the most that is held for one image.
+    metric, as `{"rise": {"n_masks": 500}, "deletion": {"step": 8}}`. layer: for methods that read one. memory: whether
+    the most that is held for one image is measured, as it is with `across` unless said otherwise.
 
     Three maps that know nothing of the model, `random`, `centre` and `edges`, stand beside the methods. Maps are
     compared raw, at the images' resolution. A method that is refused for the model, and a metric that says nothing of a
@@ -107,7 +107,7 @@ def compare(
         masks_of(masks, data, order),
         seed,
         batch_size,
-        memory,
+        bool(across) if memory is None else memory,
         skip_failures,
         bool(across),
     )

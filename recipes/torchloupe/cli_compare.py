@@ -27,7 +27,7 @@ __all__ = ["audit", "compare", "recommend"]
 @click.option("--layer", help="Where methods that read a layer look; the last spatial one unless given.")
 @click.option("--option", "options", multiple=True, metavar="NAME.KEY=VALUE", callback=_options, help="Of one of them.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Inputs through the model at once.")
-@click.option("--memory", is_flag=True, help="Measure the most that is held for one picture.")
+@click.option("--memory/--no-memory", default=None, help="Measure the most that is held for one picture.")
 @kept
 @of_a_model
 def compare(

@@ -347,6 +347,7 @@ def test_one_method_in_every_backend(scenes: Any) -> None:
     there = [name for name in found.methods if name not in FLOORS]
     assert {"grad_cam", "captum.grad_cam"} <= set(there)
     assert {*there, *found.refused} == {"grad_cam", "captum.grad_cam", "grad_cam.grad_cam", "torchcam.grad_cam"}
+    assert (found.memory[: len(there)] > 1e4).all() and "MiB" in found.table()
     targets = [tl.target(one) for one in found.targets]
     native = tl.explain("demo", scenes.images[:3], target=targets).values
     for name in there[1:]:
