@@ -121,9 +121,12 @@ def compare(
 
 def _judged(work: Judging, report: Callable[[int, int], None]) -> Iterator[Judged]:
     """Every group, in this process."""
+    first = True
     for start in range(0, len(work.order), GROUP):
         places = range(start, min(start + GROUP, len(work.order)))
-        yield work.group(places, first=not start)
+        found = work.group(places, first=first)
+        first = first and not found[0]
+        yield found
         report(places.stop, len(work.order))
 
 

@@ -70,7 +70,7 @@ class Judging:
     across: bool
 
     def group(self, places: range, *, first: bool) -> Judged:
-        """What is found of some images. first: of this process, which prepares what methods need and measures them."""
+        """What is found of some images. first: to be read by this process, which prepares what methods need."""
         chosen = [self.order[place] for place in places]
         batch = read_batch(self.handle, self.data, chosen, asking="a comparison", skip_failures=self.skip_failures)
         facts: dict[str, Any] = {"skipped": batch.skipped, "refused": {}, "layers": {}, "targets": [], "methods": []}
@@ -182,8 +182,10 @@ class Stored:
     def run(self, blocks: Iterable[int], done: Done, progress: Report = lambda done, total: None) -> None:
         """Judges groups one after the other and hands each over as the bytes that are stored."""
         with kept_threads(self.store.computing["threads"]):
-            for count, block in enumerate(blocks):
-                tensors, facts = self.judging.group(self.store.positions(block), first=not count)
+            first = True
+            for block in blocks:
+                tensors, facts = self.judging.group(self.store.positions(block), first=first)
+                first = first and not tensors
                 done(block, packed(tensors, {**facts, "block": block, "store": self.store.digest}))
                 progress(0, 0)
 

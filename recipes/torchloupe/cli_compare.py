@@ -77,7 +77,7 @@ def compare(
     found.to_latex(out / "comparison.tex")
     found.save(out / "comparison")
     found.html(out / "comparison.html")
-    for kind in ("bars", "maps", "cost", "agreement"):
+    for kind in ("bars", *(["maps"] if len(found.images) else []), "cost", "agreement"):
         write_whole(out / f"{kind}.png", plots.png(found, kind=kind))
     for name, why in found.skipped.items():
         _say(why if name in why else f"{name}: {why}")

@@ -44,6 +44,8 @@ def overlays(found: Comparison) -> Tensor:
     """`[M, S, 3, H, W]` in [0, 1]: every method's maps of the first images in colour, over those images in grey."""
     grey = found.images.mean(1, keepdim=True).expand_as(found.images)
     signed = [bool((maps < 0).any()) for maps in found.maps]
+    if not len(grey):
+        return found.maps[:, :, None]
     return torch.stack(
         [
             torch.stack([plots.blended(image, one, sign, 0.6) for image, one in zip(grey, maps, strict=True)])
@@ -53,6 +55,8 @@ def overlays(found: Comparison) -> Tensor:
 
 
 def _maps(found: Comparison, new_figure: Callable[..., Any]) -> tuple[Any, Any]:
+    if not len(found.images):
+        raise BadInput("no maps were kept, since none of the first images could be read")
     down, across = len(found.images), 1 + len(found)
     drawing = new_figure(figsize=(TILE * across, TILE * down + 0.35), layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False)

@@ -294,6 +294,26 @@ def test_a_folder_with_masks(scenes: Any, tmp_path: Path) -> None:
         tl.compare("demo", tmp_path / "images", skip_failures=False, **{**asked, "metrics": ["sparsity"]})
 
 
+def test_images_that_cannot_be_read_leave_the_rest(scenes: Any, tmp_path: Path) -> None:
+    """All of the first group here, of which the maps would have been kept."""
+    files = [tmp_path / f"{index}.png" for index in range(18)]
+    for file in files[:16]:
+        file.write_bytes(b"no picture")
+    for file, image in zip(files[16:], scenes.images, strict=False):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    found = tl.compare("demo", files, memory=True, **QUICK)
+    assert (
+        found.values.shape == (5, 1, 2)
+        and (found.memory[:2] > 0).all()
+        and len(found.skipped) == 16
+        and len(found.targets) == 2
+    )
+    assert found.values.isfinite().all() and found.cost_forwards[0] == 1
+    with pytest.raises(BadInput, match="no maps were kept"):
+        found.figure(kind="maps")
+    assert "None of the first images could be read" in found.html(tmp_path / "page").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
