@@ -154,7 +154,7 @@ class Comparison(Result):
         return write_page(self, Path(path), title)
 
     def mean_ranks(self, metrics: Sequence[str] | None = None) -> dict[str, float]:
-        """Each method's mean rank over the metrics, the best first; without baselines and methods of no rank."""
+        """Each method's mean rank over the metrics that say something of it, the best first; without baselines."""
         names = [name for name, _ in self._chosen(metrics)]
         found: dict[str, list[int]] = {}
         for row in self.rows:
