@@ -65,6 +65,8 @@ class ExplicitAttention(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _undispatched(func)(*args, **kwargs)
+        if func is F.linear and args:  # which multiplies transposed inputs one by one
+            args = (args[0].contiguous(), *args[1:])
         if func in PRODUCTS and len(args) == 2 and id(args[0]) in self.unused:
             matrix, dim = self.unused[id(args[0])]
             if dim == matrix.ndim - 1:
