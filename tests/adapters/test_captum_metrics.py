@@ -7,25 +7,14 @@ from typing import Any
 import pytest
 import torch
 from captum.metrics import infidelity as captums
-from torch import Tensor, nn
+from torch import Tensor
 
 import torchloupe as tl
+from judged import Additive
 from torchloupe_adapters.captum.metrics import infidelity, max_sensitivity
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.metrics.case import Case
 from torchloupe_core.query import Query
-
-
-class Weighted(nn.Module):
-    """A weighted sum of the pixels, and zero."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = (x * self.weights).sum((1, 2, 3))
-        return torch.stack([found, torch.zeros_like(found)], 1)
 
 
 @pytest.fixture
@@ -33,7 +22,7 @@ def question() -> tuple[Query, Tensor]:
     """A query of a linear model, and its gradient for each image."""
     weights = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
     inputs = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(1))
-    handle = tl.wrap(Weighted(weights), input_size=(2, 6, 6))
+    handle = tl.wrap(Additive(weights), input_size=(2, 6, 6))
     return Query(handle, inputs, handle.bind("logit:0", inputs)), weights.expand(3, -1, -1, -1)
 
 

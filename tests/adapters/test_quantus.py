@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import torchloupe as tl
+from judged import Additive, case_of, noise
 from torchloupe_adapters.quantus import faithfulness, maps, randomisation, robustness
 from torchloupe_adapters.quantus.asked import evaluated, seen
 from torchloupe_core.checks.snapshot import Snapshot
@@ -74,27 +75,6 @@ class Curved(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.conv(x).relu().flatten(1))  # type: ignore[no-any-return]
-
-
-class Additive(nn.Module):
-    """Two outputs: a weighted sum of the pixels, and zero."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = (x * self.weights).sum((1, 2, 3))
-        return torch.stack([found, torch.zeros_like(found)], 1)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def case_of(model: nn.Module, inputs: Tensor, found: Tensor, target: Any = "logit:0", **more: Any) -> Case:
-    handle = tl.wrap(model.eval(), input_size=tuple(inputs.shape[1:]))
-    return Case(Query(handle, inputs, handle.bind(target, inputs)), found, **more)
 
 
 def curved(channels: int = 1, **more: Any) -> Case:

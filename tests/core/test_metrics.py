@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchloupe as tl
+from judged import Additive, case_of, noise
 from torchloupe_core.baselines import blurred
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.metrics.alike import proportional, ranks, spearman, ssim, top_overlap
@@ -23,27 +24,6 @@ from torchloupe_core.metrics.localised import average_precision, corloc, energy_
 from torchloupe_core.metrics.sanity import completeness_gap, randomised
 from torchloupe_core.query import Query
 from torchloupe_core.specimens import SPECIMENS
-
-
-class Additive(nn.Module):
-    """Two outputs: a weighted sum of the pixels, and zero."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = (x * self.weights).sum((1, 2, 3))
-        return torch.stack([found, torch.zeros_like(found)], 1)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def case_of(model: nn.Module, inputs: Tensor, maps: Tensor, target: str = "logit:0", **more: Any) -> Case:
-    handle = tl.wrap(model, input_size=tuple(inputs.shape[1:]))
-    return Case(Query(handle, inputs, handle.bind(target, inputs)), maps, **more)
 
 
 @pytest.fixture
