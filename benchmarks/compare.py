@@ -24,7 +24,7 @@ from torchloupe_core.metrics.case import Case
 from torchloupe_core.metrics.faithfulness import deletion, insertion, road
 from torchloupe_core.query import Query
 
-LARGE, STEP, ROUNDS = 448, 448, 3
+STEP, ROUNDS = 448, 3
 METHODS = [
     "cam",
     "grad_cam",
@@ -64,9 +64,9 @@ def judging(handle: tl.Handle, size: int, n: int = 1) -> Callable[..., Work]:
 
 
 def curves() -> Rows:
-    module, inputs = network("resnet18"), noise(1, LARGE)
-    judged = judging(tl.wrap(module, input_size=(3, LARGE, LARGE)), LARGE)
-    count = -(-LARGE * LARGE // STEP) + 1
+    module, inputs = network("resnet18"), noise(1)
+    judged = judging(tl.wrap(module, input_size=(3, SIZE, SIZE)), SIZE)
+    count = -(-SIZE * SIZE // STEP) + 1
     batches = [inputs.expand(min(BATCH, count - start), -1, -1, -1).clone() for start in range(0, count, BATCH)]
     bare, *ours = in_turn(
         lambda: [forward(module, batch) for batch in batches],
