@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -222,11 +223,21 @@ def _made_by(work: Judging, masks: Any) -> dict[str, Any]:
         "metrics": {way.name: {name: str(value) for name, value in way.options.items()} for way in work.judges},
         "targets": "predicted" if work.asked is None else ", ".join(map(str, work.asked)),
         "seed": work.seed,
-        "masks": "none" if masks is None else str(masks) if isinstance(masks, (str, os.PathLike)) else "given",
+        "masks": "none" if masks is None else _told(masks),
+        "memory measured": work.memory,
+        "across backends": work.across,
         "version": __version__,
     }
     found: dict[str, Any] = json.loads(json.dumps(facts))
     return found
+
+
+def _told(masks: Any) -> str:
+    """The folder that masks are in, or a digest of those given."""
+    if isinstance(masks, (str, os.PathLike)):
+        return str(masks)
+    given = torch.as_tensor(masks) != 0
+    return hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _joined(found: Sequence[Judged], work: Judging, seconds: float, forwards: int) -> Comparison:
@@ -234,6 +245,9 @@ def _joined(found: Sequence[Judged], work: Judging, seconds: float, forwards: in
     skipped = {name: why for _, facts in found for name, why in facts["skipped"].items()}
     if not there:
         raise BadInput(f"none of the {len(skipped)} images could be read: {next(iter(skipped.values()), '')}")
+    if skipped and not work.skip_failures:  # in a store that was made without minding
+        name, why = next(iter(skipped.items()))
+        raise BadInput(f"{name}: {why}")
     first, facts = there[0]
     names = tuple(facts["methods"])
     if any(tuple(other["methods"]) != names for _, other in there):

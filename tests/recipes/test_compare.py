@@ -195,6 +195,12 @@ def test_a_study_goes_on_where_it_stopped(scenes: Any, tmp_path: Path) -> None:
         tl.compare(model, images, store=store, **{**asked, "metrics": ["sparsity"]})
     with pytest.raises(StoreError, match="resume=True goes on"):
         tl.compare(model, images, store=store, resume=False, **asked)
+    with pytest.raises(StoreError, match="memory measured: given True, stored False"):
+        tl.compare(model, images, store=store, memory=True, **asked)
+    masks = scenes.masks[:20, 0]
+    tl.compare(model, images, store=tmp_path / "masked", masks=masks, **asked)
+    with pytest.raises(StoreError, match="masks: given"):
+        tl.compare(model, images, store=tmp_path / "masked", masks=~masks, **asked)
 
 
 @pytest.mark.slow
@@ -309,6 +315,9 @@ def test_images_that_cannot_be_read_leave_the_rest(scenes: Any, tmp_path: Path) 
         and len(found.targets) == 2
     )
     assert found.values.isfinite().all() and found.cost_forwards[0] == 1
+    tl.compare("demo", files, store=tmp_path / "kept", **QUICK)
+    with pytest.raises(BadInput, match=r"0\.png"):
+        tl.compare("demo", files, store=tmp_path / "kept", skip_failures=False, **QUICK)
     with pytest.raises(BadInput, match="no maps were kept"):
         found.figure(kind="maps")
     assert "None of the first images could be read" in found.html(tmp_path / "page").read_text()
