@@ -24,12 +24,11 @@ from torchloupe_adapters.tqdm import progress_bar
 from torchloupe_core import registry
 from torchloupe_core.comparison import Comparison
 from torchloupe_core.dataset import DataSet, open_data
-from torchloupe_core.errors import BadInput, LoupeError, NotApplicable, StoreError
+from torchloupe_core.errors import BadInput, LoupeError, NotApplicable
 from torchloupe_core.filling import filled
 from torchloupe_core.identity import of_data, of_model
 from torchloupe_core.metrics.floors import FLOORS
 from torchloupe_core.registry import Method
-from torchloupe_core.store import Damaged, Store
 from torchloupe_core.targets import TargetLike, as_targets
 from torchloupe_core.writers import Crew
 
@@ -156,14 +155,7 @@ def _kept(
             crew=crew,
             progress=report,
         )
-        return [_read(whole, block) for block in range(whole.count)]
-
-
-def _read(store: Store, block: int) -> Judged:
-    try:
-        return store.read(block)
-    except Damaged as error:
-        raise StoreError(f"a block of {store.path} is damaged ({error}); run it again") from error
+        return [whole.read_whole(block) for block in range(whole.count)]
 
 
 def _chosen(

@@ -138,6 +138,13 @@ class Store:
             raise Damaged(f"block {block} belongs elsewhere")
         return arrays, rest
 
+    def read_whole(self, block: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `read`, of a store that was just completed. Raises `StoreError`."""
+        try:
+            return self.read(block)
+        except Damaged as error:
+            raise StoreError(f"a block of {self.path} is damaged ({error}); run it again") from error
+
     def facts(self, block: int) -> dict[str, Any]:
         """What a block holds besides arrays, read by itself. Raises `Damaged`."""
         try:

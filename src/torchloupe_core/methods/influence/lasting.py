@@ -24,7 +24,7 @@ from torchloupe_core.errors import BadInput, StoreError
 from torchloupe_core.filling import block_size_for, filled
 from torchloupe_core.handle import Handle
 from torchloupe_core.identity import of_data, of_model
-from torchloupe_core.store import Damaged, Store, packed
+from torchloupe_core.store import Store, packed
 
 __all__ = ["KEEPING", "Lasting", "Parted", "made_by", "require_kept", "summed"]
 
@@ -104,11 +104,7 @@ class Lasting:
         store = self._complete(name, problem, count, of, size)
         for block in range(store.count):
             positions = store.positions(block)
-            try:
-                arrays, _ = store.read(block)
-            except Damaged as error:
-                raise StoreError(f"a block of {store.path} is damaged ({error}); run it again") from error
-            yield slice(positions.start, positions.stop), arrays
+            yield slice(positions.start, positions.stop), store.read_whole(block)[0]
 
     def _complete(self, name: str, problem: P, count: int, of: Callable[[P, slice], Arrays], size: int | None) -> Store:
         """The store of a pass, with every part in it."""
