@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchloupe import __version__
+from torchloupe.cli_interrupt import interruptible
 from torchloupe_core.errors import BadInput, LoupeError, NotApplicable, UnknownName
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if not logging.root.handlers:
             logging.root.addHandler(logging.NullHandler())  # else Python prints what libraries log as warnings
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interruptible():
             warnings.simplefilter("ignore")
             try:
                 return super().invoke(ctx)
