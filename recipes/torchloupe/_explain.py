@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,17 @@ from torchloupe_core import registry
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
 from torchloupe_core.query import Query
+from torchloupe_core.registry import Method
 from torchloupe_core.results import Attribution, texts
+from torchloupe_core.shared import Cost, Shared
 from torchloupe_core.spec import OutputSelector
 from torchloupe_core.targets import Bound, Target, TargetLike, as_targets, logit
 
-__all__ = ["explain", "predicted"]
+__all__ = ["explain", "explained", "predicted"]
+
+
+def _unheard(done: int, total: int) -> None:
+    """Progress of a step too short to report."""
 
 
 def explain(
@@ -57,26 +63,56 @@ def explain(
         raise BadInput(f"batch_size is at least 1; got {batch_size}")
     handle = opened(model, device=device, dtype=dtype, memory_format=memory_format, output=output)
     inputs = handle.inputs(images)
+    with progress_bar(way.name, "images", progress) as report:
+        return explained(
+            handle,
+            inputs,
+            way,
+            options,
+            target=target,
+            layer=None if layer is None else str(layer),
+            seed=seed,
+            batch_size=batch_size,
+            progress=report,
+        )
+
+
+def explained(
+    handle: Handle,
+    inputs: torch.Tensor,
+    way: Method,
+    options: Mapping[str, Any],
+    *,
+    target: TargetLike | Sequence[TargetLike] | torch.Tensor | None,
+    layer: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = _unheard,
+    shared: Shared | None = None,
+) -> Attribution:
+    """The same of model inputs `[N, C, H, W]`. What is found done in `shared` counts as if the method had done it."""
     begun, forwards, backwards = time.perf_counter(), handle.forwards, handle.backwards
-    with handle.borrow(), progress_bar(way.name, "images", progress) as report:
+    spared = Cost() if shared is None else shared.begin()
+    with handle.borrow():
         asked = as_targets(predicted(handle, inputs) if target is None else target, len(inputs))
-        bound = handle.bind(asked, inputs)
-        query = Query(handle, inputs, bound, seed, None if layer is None else str(layer), batch_size, report)
+        query = Query(handle, inputs, handle.bind(asked, inputs), seed, layer, batch_size, progress, shared)
         found = way.run(query, **options)
         scores = found.scores
         if scores is None:
-            scores = torch.cat(replace(query, progress=_unheard).each(lambda part: part.score(part.inputs)))
+            silent = replace(query, progress=_unheard)
+            each = query.once("scores", inputs, lambda: silent.each(lambda part: part.score(part.inputs)))
+            scores = torch.cat(each)
     values = found.values.detach().float().cpu()
     if not values.isfinite().all():
         raise BadInput(f"{way.name} gave NaN or infinity; the model's gradients or activations are not finite here")
-    _require_detections(bound, scores)
+    _require_detections(query.targets, scores)
     return Attribution(
         method=way.name,
         backend=way.backend,
         seed=seed,
-        seconds=time.perf_counter() - begun,
-        forwards=handle.forwards - forwards,
-        backwards=handle.backwards - backwards,
+        seconds=time.perf_counter() - begun + spared.seconds,
+        forwards=handle.forwards - forwards + spared.forwards,
+        backwards=handle.backwards - backwards + spared.backwards,
         versions=versions(way.backend),
         options={**way.options, **options},
         values=values,
@@ -98,10 +134,6 @@ def predicted(handle: Handle, inputs: torch.Tensor) -> list[Target]:
     best = [guesses[0] for guesses in handle.predict(inputs, k=1)]
     names = handle.classes or ()
     return [logit(guess.name if names.count(guess.name) == 1 else guess.index) for guess in best]
-
-
-def _unheard(done: int, total: int) -> None:
-    """Progress of a step too short to report."""
 
 
 def _require_detections(targets: Sequence[Bound], scores: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchloupe._batch import read_batch
-from torchloupe._explain import explain, predicted
+from torchloupe._explain import explained, predicted
 from torchloupe_core import registry
 from torchloupe_core.blocks import Done
 from torchloupe_core.borrow import kept_threads
@@ -25,6 +26,7 @@ from torchloupe_core.query import Query
 from torchloupe_core.registry import Method
 from torchloupe_core.results import Attribution
 from torchloupe_core.scan import Report
+from torchloupe_core.shared import Shared
 from torchloupe_core.store import Store, packed
 from torchloupe_core.targets import Target
 
@@ -108,10 +110,14 @@ class Judging:
         plain = Case(replace(query, targets=handle.bind(list(targets), inputs)), inputs)
         cases: dict[str, Case] = {}
         costs: list[list[float]] = []
+        alike = Counter(way.method.shares for way in self.ways)
+        done = Shared()
         for way in self.ways:
             again = _Again(way, handle, targets, self.seed, self.batch_size)
             try:
                 held = self._held(again, inputs[:1]) if first else float("nan")
+                if way.method.shares and alike[way.method.shares] > 1:
+                    again = replace(again, shared=done)
                 found = again.explained(inputs, targets)
             except (NotApplicable, MissingDependency) as refusal:
                 if isinstance(refusal, MissingDependency) and not self.across:
@@ -199,21 +205,24 @@ class _Again:
     targets: Sequence[Target]
     seed: int
     batch_size: int | None
+    shared: Shared | None = None
 
     def explained(
         self, inputs: Tensor, targets: Sequence[Target], handle: Handle | None = None, seed: int | None = None
     ) -> Attribution:
-        with registry.registered(self.way.method):  # which a process elsewhere may not know by name
-            return explain(
-                handle or self.handle,
-                inputs,
-                target=list(targets),
-                method=self.way.name,
-                seed=self.seed if seed is None else seed,
-                batch_size=self.batch_size,
-                progress=False,
-                **self.way.options,
-            )
+        handle, options = handle or self.handle, dict(self.way.options)
+        layer = options.pop("layer", None)
+        return explained(
+            handle,
+            handle.inputs(inputs),
+            self.way.method,
+            options,
+            target=list(targets),
+            layer=None if layer is None else str(layer),
+            seed=self.seed if seed is None else seed,
+            batch_size=self.batch_size,
+            shared=self.shared,
+        )
 
     def __call__(
         self, inputs: Tensor, images: list[int], *, handle: Handle | None = None, seed: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from torchloupe_core.errors import BadInput, NotApplicable
 from torchloupe_core.handle import Handle, Reading, Shape, pick
 from torchloupe_core.pace import Pace, out_of_memory
+from torchloupe_core.shared import Shared
 from torchloupe_core.targets import Bound
 
 __all__ = ["Map", "Query", "finite"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -44,7 +46,8 @@ class Map:
 class Query:
     """Inputs `[N, C, H, W]`, one bound target each, and the means to evaluate them. The model is already borrowed.
 
-    `progress(done, total)` is told of the images sent through the model by methods that take long.
+    `progress(done, total)` is told of the images sent through the model by methods that take long. shared: where what
+    other methods do as well is kept, in a comparison.
     """
 
     handle: Handle
@@ -54,6 +57,7 @@ class Query:
     layer: str | None = None
     batch_size: int | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    shared: Shared | None = None
     pace: Pace = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,21 @@ class Query:
             answers.append(one)
             self.progress(done, len(self.inputs))
         return answers
+
+    def each_of(self, what: Hashable, work: Callable[[Query], S], answer: Callable[[S], T]) -> list[T]:
+        """What `answer` makes of what `work` gives of this query, batch by batch.
+
+        what: names the work among those that methods share; what it gives is not written to.
+        """
+        if self.shared is None:
+            return self.each(lambda part: answer(work(part)))
+        return [answer(one) for one in self.once(what, self.inputs, lambda: self.each(work))]
+
+    def once(self, what: Hashable, inputs: Tensor, do: Callable[[], T]) -> T:
+        """What `do` gives, which depends on the targets, `what` and `inputs` alone; done once where it is shared."""
+        if self.shared is None:
+            return do()
+        return self.shared.once(self.handle, (what, tuple(self.targets)), inputs, do)
 
     def only(self, start: int, stop: int) -> Query:
         """The query about some of the images."""

@@ -47,6 +47,7 @@ class Method:
     needs: what the model must have, in the words of `tags.NEEDS`. cost: in forward and backward passes per image.
     random: whether the result depends on the seed. signed: whether negative values mean evidence against. again: for a
     method that keeps the model's outputs, the map that a result of its gets from other scores, `[N, n]`, of its run.
+    shares: what it does with the model that others of the same word do as well, so that a comparison does it once.
     better: for a metric which end is the good one, "higher" or "lower". any_scale: for a metric, whether maps that are
     one up to a positive factor get one answer.
     """
@@ -61,6 +62,7 @@ class Method:
     random: bool = False
     signed: bool = True
     again: Callable[..., Any] | None = None
+    shares: str = ""
     better: str = ""
     any_scale: bool = False
 
@@ -96,6 +98,7 @@ def method(
     random: bool = False,
     signed: bool = True,
     again: Callable[..., Any] | None = None,
+    shares: str = "",
     better: str = "",
     any_scale: bool = False,
     backend: str | None = None,
@@ -107,7 +110,9 @@ def method(
 
     def register(function: F) -> F:
         worker = backend or (name.split(".")[0] if "." in name else "native")
-        entry = Method(verb, name, worker, function, needs, cost, paper, random, signed, again, better, any_scale)
+        entry = Method(
+            verb, name, worker, function, needs, cost, paper, random, signed, again, shares, better, any_scale
+        )
         owner = _registered.get((verb, name))
         if owner is not None and owner.run.__module__ != function.__module__:
             raise BadInput(f"{verb} method {name!r} is registered by {owner.run.__module__} already")

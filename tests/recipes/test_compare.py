@@ -247,6 +247,32 @@ def test_maps_that_are_one_are_judged_once(scenes: Any) -> None:
     assert list(named.notes) == ["hires_cam"] and "as cam, grad_cam up to scale" in named.notes["hires_cam"][0]
 
 
+@pytest.mark.parametrize(
+    "methods", [["grad_cam", "grad_cam++", "layer_cam"], ["saliency", "input_x_gradient"], ["smooth_grad", "var_grad"]]
+)
+def test_what_methods_do_alike_is_done_once(scenes: Any, methods: list[str]) -> None:
+    """Also of the models that the metrics ask them about; each is charged for it."""
+    model, images = tl.load("demo"), scenes.images[:3]
+    samples = {name: {"n_samples": 4} for name in methods if name in ("smooth_grad", "var_grad")}
+    asked: dict[str, Any] = {"metrics": ["sparsity", "randomisation"], "progress": False, "seed": 1}
+    alone, passes = [], []
+    for several in (*([name] for name in methods), methods):
+        options = {name: more for name, more in samples.items() if name in several}
+        before = model.forwards, model.backwards
+        alone.append(tl.compare(model, images, methods=several, options=options, **asked))
+        passes.append((model.forwards - before[0], model.backwards - before[1]))
+    *alone, together = alone
+    ahead = (5, 4) if samples else (1, 1)  # of each other method about one image, before any is timed
+    others = len(methods) - 1
+    assert passes[-1] == tuple(one + others * more for one, more in zip(passes[0], ahead, strict=True))
+    for row, one in enumerate(alone):
+        assert torch.equal(together.maps[row], one.maps[0])
+        assert torch.equal(together.values[row].nan_to_num(-1), one.values[0].nan_to_num(-1))
+        assert together.cost_forwards[row] == one.cost_forwards[0]
+        assert together.cost_backwards[row] == one.cost_backwards[0]
+        assert together.cost_seconds[row] > 0.2 * together.cost_seconds[0]
+
+
 def test_passes_are_counted(scenes: Any) -> None:
     methods = ["cam", "grad_cam", "integrated_gradients", "smooth_grad"]
     options: dict[str, Any] = {"integrated_gradients": {"steps": 8}, "smooth_grad": {"n_samples": 6}}

@@ -97,7 +97,8 @@ class Scored(nn.Module):
 def in_batches(part: Query) -> Callable[[Tensor, Tensor], Tensor]:
     """The target's values for any number of inputs, with the graph of one batch in memory at a time.
 
-    Methods that draw at random draw for all their samples at once, so that nothing depends on the batch size.
+    Methods that draw at random draw for all their samples at once, so that nothing depends on the batch size; of the
+    same draws the gradients are shared.
     """
 
     def scored(inputs: Tensor, images: Tensor) -> Tensor:
@@ -113,7 +114,11 @@ class _InBatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, images: Tensor, part: Query) -> Tensor:
         ask = partial(_differentiated, part, inputs, images)
-        values, gradients = joined([found for _, _, found in part.pace.run(len(inputs), ask)])
+
+        def differentiated() -> tuple[Tensor, ...]:
+            return joined([found for _, _, found in part.pace.run(len(inputs), ask)])
+
+        values, gradients = part.once(("gradients", *images.tolist()), inputs, differentiated)
         ctx.save_for_backward(gradients)
         return values
 

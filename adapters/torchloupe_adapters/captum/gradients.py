@@ -22,6 +22,8 @@ from torchloupe_core.registry import method
 
 __all__ = ["gradient_shap", "input_x_gradient", "integrated_gradients", "saliency", "smooth_grad", "var_grad"]
 
+GRADIENT, NOISY = "gradient at the input", "gradients at noisy inputs"
+
 
 @method(
     "explain",
@@ -30,16 +32,11 @@ __all__ = ["gradient_shap", "input_x_gradient", "integrated_gradients", "salienc
     cost="1 forward + 1 backward",
     paper="Simonyan et al. 2013, Deep Inside Convolutional Networks, section 3.1",
     signed=False,
+    shares=GRADIENT,
 )
 def saliency(query: Query) -> Map:
     """The largest magnitude of the gradient over the channels; `per_channel` holds the gradient itself."""
-
-    def answer(part: Query) -> tuple[Tensor, Tensor]:
-        kept: list[Tensor] = []
-        gradient = attr().Saliency(target_of(part, kept)).attribute(**asked(part), abs=False)
-        return tensor_of(gradient), torch.cat(kept)
-
-    gradient, scores = joined(query.each(answer))
+    gradient, scores = _gradient(query)
     return Map(gradient.abs().amax(1), gradient, scores=scores)
 
 
@@ -49,17 +46,24 @@ def saliency(query: Query) -> Map:
     needs=("gradient",),
     cost="1 forward + 1 backward",
     paper="Shrikumar et al. 2016, Not Just a Black Box",
+    shares=GRADIENT,
 )
 def input_x_gradient(query: Query) -> Map:
     """The gradient times the input, summed over channels."""
+    gradient, scores = _gradient(query)
+    product = gradient * query.inputs
+    return Map(product.sum(1), product, scores=scores)
+
+
+def _gradient(query: Query) -> tuple[Tensor, ...]:
+    """The gradient at the inputs `[N, C, H, W]` and the scores `[N]`."""
 
     def answer(part: Query) -> tuple[Tensor, Tensor]:
         kept: list[Tensor] = []
-        product = attr().InputXGradient(target_of(part, kept)).attribute(**asked(part))
-        return tensor_of(product), torch.cat(kept)
+        gradient = attr().Saliency(target_of(part, kept)).attribute(**asked(part), abs=False)
+        return tensor_of(gradient), torch.cat(kept)
 
-    product, scores = joined(query.each(answer))
-    return Map(product.sum(1), product, scores=scores)
+    return query.once(GRADIENT, query.inputs, lambda: joined(query.each(answer)))
 
 
 @method(
@@ -104,6 +108,7 @@ def integrated_gradients(query: Query, *, steps: int = 32, baseline: Tensor | fl
     paper="Smilkov et al. 2017, SmoothGrad: removing noise by adding noise",
     random=True,
     signed=False,
+    shares=NOISY,
 )
 def smooth_grad(query: Query, *, n_samples: int = 25, noise: float = 0.15) -> Map:
     """The largest magnitude over the channels of the gradient's mean over noisy copies of the image.
@@ -123,6 +128,7 @@ def smooth_grad(query: Query, *, n_samples: int = 25, noise: float = 0.15) -> Ma
     paper="Adebayo et al. 2018, Local Explanation Methods for Deep Neural Networks",
     random=True,
     signed=False,
+    shares=NOISY,
 )
 def var_grad(query: Query, *, n_samples: int = 25, noise: float = 0.15) -> Map:
     """The largest variance over the channels of the gradient over noisy copies of the image.

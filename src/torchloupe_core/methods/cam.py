@@ -7,6 +7,7 @@ linear head Grad-CAM, XGrad-CAM and HiResCAM are CAM divided by the number of po
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 HEAD = "1 forward + backward of the head"
+SHARED = "gradient at a layer"
 
 IDENTITY_TOLERANCE = 1e-3  # relative to the largest logit; float32 sums over 7x7x2048 stay below 1e-5
 
@@ -68,6 +70,7 @@ def cam(query: Query) -> Map:
     "grad_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
+    shares=SHARED,
     paper="Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, before the ReLU",
 )
 def grad_cam(query: Query) -> Map:
@@ -80,6 +83,7 @@ def grad_cam(query: Query) -> Map:
     "grad_cam++",
     needs=("layer", "gradient"),
     cost=HEAD,
+    shares=SHARED,
     paper="Chattopadhay et al. 2018, Grad-CAM++, of the exponential of the target",
 )
 def grad_cam_plus_plus(query: Query) -> Map:
@@ -99,6 +103,7 @@ def grad_cam_plus_plus(query: Query) -> Map:
     "xgrad_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
+    shares=SHARED,
     paper="Fu et al. 2020, Axiom-based Grad-CAM",
 )
 def xgrad_cam(query: Query) -> Map:
@@ -117,6 +122,7 @@ def xgrad_cam(query: Query) -> Map:
     "hires_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
+    shares=SHARED,
     paper="Draelos and Carin 2020, Use HiResCAM instead of Grad-CAM",
 )
 def hires_cam(query: Query) -> Map:
@@ -129,6 +135,7 @@ def hires_cam(query: Query) -> Map:
     "layer_cam",
     needs=("layer", "gradient"),
     cost=HEAD,
+    shares=SHARED,
     paper="Jiang et al. 2021, LayerCAM",
 )
 def layer_cam(query: Query) -> Map:
@@ -169,11 +176,11 @@ def _from_gradients(query: Query, combine: Callable[[Tensor, Tensor], Tensor]) -
     """The map `combine` makes of a layer's features and the target's gradient there, both `[N, C, h, w]`."""
     layer = query.resolved_layer()
 
-    def answer(part: Query) -> tuple[Tensor, Tensor]:
-        features, gradients, scores = layer_gradient(part, layer)
+    def answer(found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        features, gradients, scores = found
         return combine(features, gradients), scores
 
-    return _joined(query.each(answer), layer)
+    return _joined(query.each_of((SHARED, layer), partial(layer_gradient, layer=layer), answer), layer)
 
 
 def _joined(answers: Sequence[tuple[Tensor, Tensor]], layer: str) -> Map:
