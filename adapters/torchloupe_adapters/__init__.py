@@ -71,6 +71,8 @@ _TORCHCAM = (
     "xgrad_cam",
 )
 
+_CAPTUM_METRICS = ("infidelity", "max_sensitivity")
+
 _QUANTUS = (
     "attribution_localisation",
     "auc",
@@ -148,10 +150,7 @@ METHODS = {
     ("influence", "kronfluence.ekfac"): "torchloupe_adapters.kronfluence",
     **{("influence", name): _LAST_LAYER for name in ("feature_cosine", "representer")},
     **{("compare", name): f"torchloupe_core.metrics.{home}" for home, names in _METRICS.items() for name in names},
-    **{
-        ("compare", f"captum.{name}"): "torchloupe_adapters.captum.metrics"
-        for name in ("infidelity", "max_sensitivity")
-    },
+    **{("compare", f"captum.{name}"): "torchloupe_adapters.captum.metrics" for name in _CAPTUM_METRICS},
     **{("compare", f"quantus.{name}"): "torchloupe_adapters.quantus" for name in _QUANTUS},
     ("segment", "opencv.grabcut"): "torchloupe_adapters.opencv",
     ("table", "pandas.frame"): "torchloupe_adapters.pandas",
@@ -175,6 +174,7 @@ SHORT_NAMES = {
         **{name: f"grad_cam.{name}" for name in _GRAD_CAM if ("explain", name) not in METHODS},
         **{name: f"zennit.{name}" for name in _ZENNIT},
     },
+    "compare": {name: f"captum.{name}" for name in _CAPTUM_METRICS},
     "engine": {"ray": "ray.data"},
     "embed": {"pca": "sklearn.pca", "tsne": "sklearn.tsne", "umap": "umap.umap"},
 }

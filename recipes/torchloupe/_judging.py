@@ -107,7 +107,7 @@ class Judging:
         handle, shared = self.handle, dict[Any, Any]()
         judged = handle.bind([as_probability(one) for one in targets], inputs)
         query = Query(handle, inputs, judged, self.seed, None, self.batch_size)
-        plain = Case(replace(query, targets=handle.bind(list(targets), inputs)), inputs)
+        plain = replace(query, targets=handle.bind(list(targets), inputs))
         cases: dict[str, Case] = {}
         costs: list[list[float]] = []
         alike = Counter(way.method.shares for way in self.ways)
@@ -132,13 +132,13 @@ class Judging:
                 way.method,
                 found.per_channel,
                 again,
-                plain.score_variants,
+                plain,
                 masks,
                 shared,
                 place,
             )
         for name, maps in floors(handle.spec.display(inputs).float().cpu(), self.seed).items():
-            cases[name] = Case(query, maps, masks=masks, shared=shared)
+            cases[name] = Case(query, maps, explained=plain, masks=masks, shared=shared)
             costs.append([0.0, 0.0, 0.0, float("nan")])
         return cases, torch.tensor(costs)
 

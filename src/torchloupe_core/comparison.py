@@ -21,6 +21,7 @@ from torchloupe_core.results import Result, write_whole
 __all__ = ["Comparison", "Row", "bootstrapped"]
 
 RESAMPLES, LEVEL = 1000, 0.95
+TINY = 1e-4  # below, the powers of ten are told apart
 EQUAL = 1e-5  # of a mean, between means that are one but for rounding
 
 
@@ -255,7 +256,10 @@ def _cell(row: Row, rank: bool) -> str:
         return "-"
     place = "" if row.rank is None or not rank else f" ({row.rank})"
     half = (row.high - row.low) / 2
-    digits = max(0, 2 - math.floor(math.log10(max(abs(row.mean), half)))) if max(abs(row.mean), half) > 0 else 0
+    largest = max(abs(row.mean), half)
+    if 0 < largest < TINY:
+        return f"{row.mean:.2e} ±{half:.1e}{place}"
+    digits = max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
     return f"{row.mean:.{digits}f} ±{half:.{digits}f}{place}"
 
 

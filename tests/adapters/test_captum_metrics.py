@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,18 @@ def test_the_model_answers_the_same_noise_once(question: Any) -> None:
     assert torch.equal(infidelity(shared), alone) and query.handle.forwards == forwards
     infidelity(shared, spread=0.3)
     assert query.handle.forwards > forwards
+
+
+def test_of_a_probability_it_asks_what_was_explained(question: Any) -> None:
+    """In a comparison a class's probability is scored; near 1 it tells no map from another."""
+    query, slope = question
+    scored = replace(query, targets=query.handle.bind("prob:0", query.inputs))
+    case = Case(scored, slope.sum(1), attributed=slope, explained=query)
+    assert infidelity(case).abs().max() < 1e-6
+    assert (infidelity(replace(case, explained=None, shared={})) > 1e-6).any()
+    part = case.only(1, 3)
+    assert part.explained is not None and torch.equal(part.explained.inputs, query.inputs[1:3])
+    assert torch.equal(part.value_variants(part.query.inputs), query.score(query.inputs)[1:].detach())
 
 
 def test_it_is_what_captum_says(question: Any) -> None:

@@ -309,11 +309,10 @@ def test_layers_are_drawn_anew_from_the_last_one() -> None:
 def test_completeness_of_true_shares(additive: Any) -> None:
     model, inputs, maps = additive
     shares = (inputs * model.weights).detach()
-    whole = case_of(model, inputs, maps, attributed=shares)
-    whole.explained = whole.score_variants
+    whole = case_of(model, inputs, maps, target="prob:0", attributed=shares)
+    whole.explained = case_of(model, inputs, maps).query  # the logit
     assert completeness_gap(whole).abs().max() < 1e-6
     half = case_of(model, inputs, maps, attributed=shares / 2)
-    half.explained = half.score_variants
     torch.testing.assert_close(completeness_gap(half).float(), torch.full((3,), 0.5), atol=1e-6, rtol=0)
     with pytest.raises(NotApplicable, match="does not share"):
         completeness_gap(case_of(model, inputs, maps))

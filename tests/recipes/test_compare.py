@@ -6,6 +6,7 @@ import csv
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 import torchloupe as tl
 from torchloupe_core.checks.snapshot import Snapshot
-from torchloupe_core.comparison import bootstrapped
+from torchloupe_core.comparison import Row, _cell, bootstrapped
 from torchloupe_core.errors import BadInput, NotApplicable, StoreError, UnknownName
 from torchloupe_core.metrics.floors import FLOORS
 from torchloupe_core.specimens import SPECIMENS
@@ -127,6 +128,12 @@ def test_tables(found: tl.Comparison, tmp_path: Path) -> None:
         found.table(metrics=["delete"])
     with pytest.raises(BadInput, match="no 'lime' under 'iou'"):
         found.row("lime", "iou")
+
+
+def test_small_numbers_can_be_read() -> None:
+    row = Row("a", "b", "lower", 8.66e-5, 6.6e-5, 10.74e-5, 9, 1, ())
+    assert _cell(row, True) == "8.66e-05 ±2.1e-05 (1)"
+    assert _cell(replace(row, mean=0.0123, low=0.0121, high=0.0125), False) == "0.0123 ±0.0002"
 
 
 def test_intervals() -> None:

@@ -26,14 +26,15 @@ __all__ = ["infidelity", "max_sensitivity"]
     random=True,
 )
 def infidelity(case: Case, *, n_samples: int = 20, spread: float = 0.1) -> Tensor:
-    """How far the map, at its best scale, is from telling what Gaussian noise on the input does to the target's value.
+    """How far the map, at its best scale, is from telling what Gaussian noise on the input does to what it explains.
 
-    spread: the noise's standard deviation, in units of the model's input. A map without a share for each channel counts
+    Of a logit that is the logit: a probability near 1 hardly moves, whatever the map. spread: the noise's standard
+    deviation, in units of the model's input. A map without a share for each channel counts
     for all channels alike.
     """
     if n_samples < 1 or not spread > 0:
         raise BadInput(f"n_samples is at least 1 and spread above 0; got {n_samples}, {spread}")
-    inputs, query = case.query.inputs, case.query
+    inputs, query = case.query.inputs, case.asked
     # The noise is the same for every method, so the model is asked once.
     seen: list[Tensor] = case.shared.setdefault(("captum.infidelity", n_samples, spread), [])
     batch = case.shared.setdefault("batch of captum.infidelity", query.batch)

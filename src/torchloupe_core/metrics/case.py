@@ -37,11 +37,11 @@ class Again(Protocol):
 class Case:
     """A method's maps of a query's images, and what it takes to judge them. A metric is `f(case, *, options) -> [N]`.
 
-    query: the images; its targets are what is scored, probabilities where logits were explained. maps: `[N, H, W]`,
-    raw, at the images' resolution. attributed: `[N, C, H, W]`, the shares of input channels where the method gives
-    them. method: None for a baseline, which no model has a part in; again: the method once more; explained: the value
-    that was explained, `[n]`, of one variant of each image. masks: `[N, H, W]` bool, where the truth is. shared: where
-    metrics keep what they need for every method. place: of the first of these images in the whole comparison.
+    query: the images; its targets are what is scored, probabilities where logits were explained. explained: the same
+    with what was explained, if that is something else. maps: `[N, H, W]`, raw, at the images' resolution. attributed:
+    `[N, C, H, W]`, the shares of input channels where the method gives them. method: None for a baseline, which no
+    model has a part in; again: the method once more. masks: `[N, H, W]` bool, where the truth is. shared: where metrics
+    keep what they need for every method. place: of the first of these images in the whole comparison.
 
     NaN in an answer says that the metric has nothing to say of that image.
     """
@@ -51,7 +51,7 @@ class Case:
     method: Method | None = None
     attributed: Tensor | None = None
     again: Again | None = None
-    explained: Callable[[Tensor], Tensor] | None = None
+    explained: Query | None = None
     masks: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
     place: int = 0
@@ -70,7 +70,7 @@ class Case:
             again=None
             if again is None
             else lambda inputs, images, **more: again(inputs, [start + one for one in images], **more),
-            explained=None,
+            explained=None if self.explained is None else self.explained.only(start, stop),
             masks=None if self.masks is None else self.masks[some],
             shared={},
             place=self.place + start,
@@ -87,9 +87,18 @@ class Case:
         """The value of each image's target, `[N]`."""
         return self.once("scores", lambda: self.score_variants(self.query.inputs))
 
+    @property
+    def asked(self) -> Query:
+        """The images with what was explained."""
+        return self.query if self.explained is None else self.explained
+
     def score_variants(self, inputs: Tensor) -> Tensor:
         """The targets' values for one variant of each image, `[N]`, in batches."""
-        return torch.cat(replace(self.query, inputs=inputs).each(lambda part: part.score(part.inputs))).float().cpu()
+        return _values(self.query, inputs)
+
+    def value_variants(self, inputs: Tensor) -> Tensor:
+        """The same of what was explained."""
+        return _values(self.asked, inputs)
 
     @functools.cached_property
     def seen_through(self) -> Tensor:
@@ -104,6 +113,10 @@ class Case:
         if self.masks is None:
             raise NotApplicable("this metric needs masks=, where the object is")
         return self.masks
+
+
+def _values(query: Query, inputs: Tensor) -> Tensor:
+    return torch.cat(replace(query, inputs=inputs).each(lambda part: part.score(part.inputs))).float().cpu()
 
 
 def of_first(case: Case, images: int, judge: Callable[[Case, Again], Tensor]) -> Tensor:

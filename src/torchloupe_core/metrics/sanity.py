@@ -150,11 +150,10 @@ def completeness_gap(case: Case) -> Tensor:
 
     For methods that share the value out among the inputs.
     """
-    explained = case.explained
-    if case.attributed is None or explained is None:
+    if case.attributed is None:
         raise NotApplicable("the method does not share the target's value out among the inputs")
     inputs = case.query.inputs
-    risen = case.once("risen", lambda: explained(inputs) - explained(torch.zeros_like(inputs)))
+    risen = case.once("risen", lambda: case.value_variants(inputs) - case.value_variants(torch.zeros_like(inputs)))
     return (case.attributed.sum((1, 2, 3)) - risen).abs() / risen.abs().clamp(min=1e-12)
 
 
