@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from torchloupe_core.dataset import DataSet
 from torchloupe_core.errors import BadInput
 from torchloupe_core.handle import Handle
 
-__all__ = ["Batch", "read_batch"]
+__all__ = ["Batch", "read_batch", "several"]
+
+
+def several(images: Any) -> Any:
+    """Images as a data set, where one image may stand alone: a picture, its file, or `[C, H, W]`."""
+    file = isinstance(images, (str, os.PathLike)) and Path(images).is_file()
+    return [images] if file or isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3 else images
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchloupe import __version__
+from torchloupe._batch import several
 from torchloupe._judging import Judging, Stored, Way
 from torchloupe._masks import masks_of
 from torchloupe._models import ModelLike, opened
@@ -72,14 +73,14 @@ def compare(
 ) -> Comparison:
     """Methods of `explain` side by side: how faithful, how well they point, how stable, how dear, and how alike.
 
-    images: a batch, a list, a folder or a data set. methods: of `tl.methods("explain")`, of any backend. metrics: of
-    `tl.methods("compare")`; without them insertion, deletion, average drop, sparsity and parameter randomisation, and
-    with masks the pointing games, IoU and CorLoc. target: one for all images or one each; else each image's predicted
-    logit; where a logit is explained, its probability is scored. masks: where the object is, `[N, H, W]` bool, or a
-    folder of pictures named like the images, white where it is. across: "backends" adds each method as every other
-    backend that is installed has it, and notes how far their raw maps lie apart. options: by the name of a method or
-    metric, as `{"rise": {"n_masks": 500}, "deletion": {"step": 8}}`. layer: for methods that read one. memory: whether
-    the most that is held for one image is measured, as it is with `across` unless said otherwise.
+    images: one, a batch, a list, a folder or a data set. methods: of `tl.methods("explain")`, of any backend. metrics:
+    of `tl.methods("compare")`; without them insertion, deletion, average drop, sparsity and parameter randomisation,
+    and with masks the pointing games, IoU and CorLoc. target: one for all images or one each; else each image's
+    predicted logit; where a logit is explained, its probability is scored. masks: where the object is, `[N, H, W]`
+    bool, or a folder of pictures named like the images, white where it is. across: "backends" adds each method as every
+    other backend that is installed has it, and notes how far their raw maps lie apart. options: by the name of a method
+    or metric, as `{"rise": {"n_masks": 500}, "deletion": {"step": 8}}`. layer: for methods that read one. memory:
+    whether the most that is held for one image is measured, as it is with `across` unless said otherwise.
 
     Three maps that know nothing of the model, `random`, `centre` and `edges`, stand beside the methods. Maps are
     compared raw, at the images' resolution. A method that is refused for the model, and a metric that says nothing of a
@@ -95,7 +96,7 @@ def compare(
     """
     handle = opened(model, device=device, dtype=dtype)
     begun, forwards = time.perf_counter(), handle.forwards
-    data = open_data(images, handle.spec)
+    data = open_data(several(images), handle.spec)
     order = _order(data)
     ways, judges = _chosen(_across(methods, across), metrics, masks, options or {}, layer)
     work = Judging(

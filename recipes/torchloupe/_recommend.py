@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchloupe._batch import several
 from torchloupe._compare import METRICS, OF_MASKS, Options, compare
 from torchloupe._explain import explain
 from torchloupe._models import ModelLike, opened
@@ -86,7 +87,7 @@ def _fitting(
     handle: Handle, images: Any, settings: Mapping[str, Mapping[str, Any]], target: Any, budget: float | None
 ) -> tuple[list[str], dict[str, str]]:
     """The candidates that answer for the first image in time, and why the others do not."""
-    sample = next(iter(open_data(images, handle.spec).samples()))
+    sample = next(iter(open_data(several(images), handle.spec).samples()))
     if sample.inputs is None:
         raise BadInput(f"the first image cannot be read: {sample.error}")
     inputs = sample.inputs[None].to(handle.device, handle.dtype)

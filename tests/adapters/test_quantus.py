@@ -371,7 +371,6 @@ def test_completeness_is_quantus() -> None:
     shares = inputs * weights
     shares[2, 0, 3, 3] += 1
     case = case_of(Additive(weights), inputs, shares.sum(1), attributed=shares)
-    case.explained = case.score_variants
     yes = users(case, "Completeness", perturb_baseline=0.0)
     assert yes.tolist() == (sanity.completeness_gap(case) == 0).float().tolist() == [1, 1, 0, 1]
 

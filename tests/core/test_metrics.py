@@ -23,6 +23,7 @@ from torchloupe_core.metrics.imputation import imputed
 from torchloupe_core.metrics.localised import average_precision, corloc, energy_pointing, iou, pointing, segmentation
 from torchloupe_core.metrics.sanity import completeness_gap, randomised
 from torchloupe_core.query import Query
+from torchloupe_core.registry import Method
 from torchloupe_core.specimens import SPECIMENS
 
 
@@ -314,8 +315,10 @@ def test_completeness_of_true_shares(additive: Any) -> None:
     assert completeness_gap(whole).abs().max() < 1e-6
     half = case_of(model, inputs, maps, attributed=shares / 2)
     torch.testing.assert_close(completeness_gap(half).float(), torch.full((3,), 0.5), atol=1e-6, rtol=0)
-    with pytest.raises(NotApplicable, match="does not share"):
-        completeness_gap(case_of(model, inputs, maps))
+    slopes = Method("explain", "slope", "native", lambda query: None, signed=False)
+    for more in ({}, {"attributed": shares, "method": slopes}):  # magnitudes of slopes are no shares
+        with pytest.raises(NotApplicable, match="does not share"):
+            completeness_gap(case_of(model, inputs, maps, **more))
 
 
 def test_floors_know_the_image_at_most() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 import torchloupe as tl
 from torchloupe_core.checks.snapshot import Snapshot
@@ -134,6 +135,18 @@ def test_small_numbers_can_be_read() -> None:
     row = Row("a", "b", "lower", 8.66e-5, 6.6e-5, 10.74e-5, 9, 1, ())
     assert _cell(row, True) == "8.66e-05 ±2.1e-05 (1)"
     assert _cell(replace(row, mean=0.0123, low=0.0121, high=0.0125), False) == "0.0123 ±0.0002"
+
+
+def test_one_image_may_stand_alone(scenes: Any, tmp_path: Path) -> None:
+    picture = to_pil_image(scenes.images[0])
+    picture.save(tmp_path / "a.png")
+    all_of = tl.compare("demo", scenes.images[:1], **QUICK)
+    for alone in (scenes.images[0].permute(1, 2, 0).numpy(), picture, tmp_path / "a.png", str(tmp_path / "a.png")):
+        found = tl.compare("demo", alone, **QUICK)
+        assert torch.equal(found.values, all_of.values) and found.targets == all_of.targets
+    inputs = tl.load("demo").inputs(scenes.images[:1])[0]
+    assert torch.equal(tl.compare("demo", inputs, **QUICK).values, all_of.values)
+    assert tl.recommend("demo", picture, methods=["cam"], metrics=["sparsity"], progress=False).recommended == "cam"
 
 
 def test_intervals() -> None:

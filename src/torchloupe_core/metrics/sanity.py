@@ -150,7 +150,7 @@ def completeness_gap(case: Case) -> Tensor:
 
     For methods that share the value out among the inputs.
     """
-    if case.attributed is None:
+    if case.attributed is None or (case.method is not None and not case.method.signed):
         raise NotApplicable("the method does not share the target's value out among the inputs")
     inputs = case.query.inputs
     risen = case.once("risen", lambda: case.value_variants(inputs) - case.value_variants(torch.zeros_like(inputs)))
