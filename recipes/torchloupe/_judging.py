@@ -137,7 +137,7 @@ class Judging:
                 shared,
                 place,
             )
-        for name, maps in floors(handle.spec.display(inputs).float().cpu(), self.seed).items():
+        for name, maps in floors(handle.spec.display(inputs).float().cpu(), self.seed + place).items():
             cases[name] = Case(query, maps, explained=plain, masks=masks, shared=shared)
             costs.append([0.0, 0.0, 0.0, float("nan")])
         return cases, torch.tensor(costs)

@@ -80,15 +80,16 @@ def insertion(case: Case, *, step: int | None = None, baseline: Baseline = None)
 
 
 def _blind(case: Case) -> Tensor:
-    """The images blurred until the target's value is at most half, on average; else their mean colours."""
-    inputs = case.query.inputs
-    sigma, own = RADIUS * min(inputs.shape[2:]), case.scores().mean()
-    while sigma < max(inputs.shape[2:]) / 6:  # beyond, the kernel is wider than the image
-        blurry = blurred(inputs, sigma if sigma > RADIUS * min(inputs.shape[2:]) else None)
-        if case.score_variants(blurry).mean() <= own / 2:
-            return blurry
+    """Each image blurred until its target's value is at most half; else its mean colour."""
+    inputs, own = case.query.inputs, case.scores()
+    found, seen = inputs.mean((2, 3), keepdim=True).expand_as(inputs).clone(), torch.ones(len(inputs), dtype=torch.bool)
+    sigma = published = RADIUS * min(inputs.shape[2:])
+    while sigma < max(inputs.shape[2:]) / 6 and seen.any():  # beyond, the kernel is wider than the image
+        blurry = blurred(inputs, sigma if sigma > published else None)
+        hidden = seen & (case.score_variants(blurry) <= own / 2)
+        found[hidden], seen = blurry[hidden], seen & ~hidden
         sigma *= 2
-    return inputs.mean((2, 3), keepdim=True).expand_as(inputs)
+    return found
 
 
 @method(
