@@ -85,9 +85,8 @@ def compare(
     Three maps that know nothing of the model, `random`, `centre` and `edges`, stand beside the methods. Maps are
     compared raw, at the images' resolution. A method that is refused for the model, and a metric that says nothing of a
     method, are left out and listed. What methods do alike, as a gradient at a layer, is done once and counted for each.
-    Methods whose maps are one up to scale, and methods that hardly change as the
-    model's weights are drawn anew, are named in `notes`; maps that are one are judged once by metrics that do not mind
-    the scale.
+    Methods whose maps are one up to scale, and methods that hardly change as the model's weights are drawn anew, are
+    named in `notes`; maps that are one are judged once by metrics that do not mind the scale.
 
     store: a folder to keep each 16 images' numbers in; a comparison that was stopped in any way goes on there, and with
     resume=False a store that holds something is an error. Under `torchrun`, or wherever RANK and WORLD_SIZE are set,

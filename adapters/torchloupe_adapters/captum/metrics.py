@@ -29,8 +29,7 @@ def infidelity(case: Case, *, n_samples: int = 20, spread: float = 0.1) -> Tenso
     """How far the map, at its best scale, is from telling what Gaussian noise on the input does to what it explains.
 
     Of a logit that is the logit: a probability near 1 hardly moves, whatever the map. spread: the noise's standard
-    deviation, in units of the model's input. A map without a share for each channel counts
-    for all channels alike.
+    deviation, in units of the model's input. A map without a share for each channel counts for all channels alike.
     """
     if n_samples < 1 or not spread > 0:
         raise BadInput(f"n_samples is at least 1 and spread above 0; got {n_samples}, {spread}")
