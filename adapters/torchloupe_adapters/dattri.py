@@ -236,8 +236,8 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Inside, gradients are on and nothing is printed."""
-    with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    """Inside, nothing is printed, and no graph is kept beside the gradients that dattri takes by `torch.func`."""
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
