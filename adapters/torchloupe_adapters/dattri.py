@@ -172,7 +172,7 @@ def _curved(
         )
     damping = problem.damping
     facts = {"damping": damping, "damping_chosen": problem.given_damping is None and damping > 0}
-    return Answer(scores.T.detach().to(problem.parameters) / problem.n, CHANGE, diagnostics=facts)
+    return Answer(scores.T.to(problem.parameters) / problem.n, CHANGE, diagnostics=facts)
 
 
 def _task(

@@ -132,6 +132,22 @@ def test_trak_is_the_native_one_where_neither_projects(dattri: None) -> None:
     assert found.scores.norm() == pytest.approx(native.scores.norm().item(), rel=0.1)
 
 
+def test_dattri_keeps_no_graph(dattri: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold all tests with all training images at once: 17 GB for 200, 1,500 and 14,000 parameters."""
+    from dattri.algorithm.influence_function import IFAttributorDataInf
+
+    original, graphs = IFAttributorDataInf.transform_test_rep, []
+
+    def noted(*given: Any, **named: Any) -> torch.Tensor:
+        found: torch.Tensor = original(*given, **named)
+        graphs.append(found.requires_grad)
+        return found
+
+    monkeypatch.setattr(IFAttributorDataInf, "transform_test_rep", noted)
+    asked("dattri.datainf", layers=["fc"], damping=0.05)
+    assert graphs and not any(graphs)
+
+
 def test_what_dattri_is_not_asked(dattri: None) -> None:
     many = {"checkpoints": [tiny(1)], "target": "logit:1"}
     with pytest.raises(tl.errors.NotApplicable, match=r"'dattri\.tracin' asks about the loss"):
