@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from measuring import Row, Rows, Work, asked, in_turn, over, ratio, run
+from measuring import Row, Rows, Work, asked, cores, in_turn, over, ratio, run
 from networks import BATCH, CLASS, SIZE, forward, network, noise
 
 import torchloupe as tl
@@ -24,7 +24,7 @@ from torchloupe_core.metrics.case import Case
 from torchloupe_core.metrics.faithfulness import deletion, insertion, road
 from torchloupe_core.query import Query
 
-STEP, ROUNDS = 448, 3
+STEP, ROUNDS = 448, 5
 METHODS = [
     "cam",
     "grad_cam",
@@ -109,7 +109,7 @@ def imputing() -> Rows:
 
 
 def study() -> Rows:
-    torch.set_num_threads(2)
+    cores(2)
     scenes = tl.demo_scenes(100, seed=5)
     with tempfile.TemporaryDirectory() as store:
         begun = time.perf_counter()

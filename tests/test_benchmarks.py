@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -129,7 +130,22 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
     import measuring
 
+    monkeypatch.setattr(measuring, "ALLOWED", [])  # else the tests that follow stay on one core
     return measuring
+
+
+def test_as_many_cores_as_threads(measuring: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(measuring, "ALLOWED", [2, 3, 7])
+    monkeypatch.setattr(measuring.os, "sched_setaffinity", lambda *given: chosen.append(given), raising=False)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            measuring.cores(count)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert chosen == [(0, [7]), (0, [3, 7])]
 
 
 def test_rows_are_printed_and_kept(
