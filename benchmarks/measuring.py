@@ -103,7 +103,7 @@ def run(
 
 
 def cores(count: int) -> None:
-    """As many threads from now on, on as many cores: one that wanders from core to core costs up to a tenth more."""
+    """As many threads from now on, on as many cores: one that wanders from core to core is slower."""
     torch.set_num_threads(count)
     if ALLOWED:
         os.sched_setaffinity(0, ALLOWED[-count:])

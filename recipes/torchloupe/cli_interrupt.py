@@ -17,8 +17,8 @@ AGAIN = 0.01  # seconds, by when Python has left where it dropped the interrupt
 def interruptible() -> Iterator[None]:
     """Raises a `KeyboardInterrupt` again that Python dropped.
 
-    No exception leaves a finaliser or the callback of a weak reference, and a figure has thousands of those: without
-    this about one Ctrl-C in seven is lost while pictures are drawn.
+    No exception leaves a finaliser or the callback of a weak reference, and matplotlib has many of those: without this
+    some are lost while pictures are drawn.
     """
     before, due = sys.unraisablehook, None
 
